@@ -1,0 +1,1 @@
+"""The methods: one folder each, class form, functional form and card."""

@@ -1,0 +1,1 @@
+"""L2T: learn to predict the instruction too."""

@@ -1,0 +1,156 @@
+"""Sentences of an instruction, and how often each one occurs in a dataset.
+
+L2T calls an instruction sentence a *template* when it is frequent in the training set, and ViFT calls an
+image's question *specific* when it is not one of the known caption prompts. Both need the same thing: a
+splitter that maps back to characters, and a key under which two writings of a sentence are the same.
+
+Source: L2T (arXiv 2503.22215) says that sentence frequencies over the training set decide; splitter and
+normalisation are not given there and are Opsin's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .schema import IMAGE_MARK, stable_hash
+
+SIDECAR = "sentences.json"
+"""File beside ``index.json`` that holds a dataset's sentence counts."""
+
+_BREAK = re.compile(
+    r"""
+    [.?!]+["')\]]*(?=\s|$)      # end of a sentence
+    | [。？！]+["')\]」』]*        # full-width forms need no space behind them
+    | :(?=\ )                   # "fixed phrase: [0.1, ...]": the phrase repeats, the box does not
+    | \n+                       # every line break
+    """,
+    re.VERBOSE,
+)
+_LABEL = re.compile(r"(?:^|[\s(])(?:[A-Z]|\d+)\.$")
+"""An option label or list number ("A.", "2.") is no end of a sentence."""
+_CLOSERS = " \t\r\n.,;:?!。？！\"'"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a text: characters ``start`` .. ``end`` (end excluded) and its key."""
+
+    start: int
+    end: int
+    key: str
+
+
+def sentence_key(text: str) -> str:
+    """Normalised form: casefolded, white space collapsed, punctuation at the end removed."""
+    return " ".join(text.split()).rstrip(_CLOSERS).casefold()
+
+
+def sentence_id(key: str) -> int:
+    """Stable id of a sentence key (``sentence_ids`` of the batch); 0 for the empty key."""
+    return stable_hash("sentence", key) if key else 0
+
+
+def split_sentences(text: str) -> list[Sentence]:
+    """Split ``text`` into sentences that tile it: each one starts where the one before ended.
+
+    White space between two sentences belongs to the later one, as a leading space belongs to a token.
+    A text without any word gives one sentence with an empty key; the empty text gives none.
+    """
+    sentences: list[Sentence] = []
+    start = 0
+    for match in _BREAK.finditer(text):
+        end = match.end()
+        if match.group()[0] == "." and _LABEL.search(text, start, match.start() + 1):
+            continue
+        if match.group()[0] == "\n":
+            end = match.start()
+        key = sentence_key(text[start:end])
+        if not key:  # nothing but white space and punctuation so far: let it join what follows
+            continue
+        sentences.append(Sentence(start, end, key))
+        start = end
+    if start < len(text):
+        key = sentence_key(text[start:])
+        if key or not sentences:
+            sentences.append(Sentence(start, len(text), key))
+        else:
+            last = sentences.pop()
+            sentences.append(Sentence(last.start, len(text), last.key))
+    return sentences
+
+
+@dataclass
+class SentenceCounts:
+    """How often each instruction sentence occurs among the samples with pictures of one dataset.
+
+    Attributes:
+        turns: number of user turns counted.
+        counts: sentence key -> number of turns in which it occurs (at most once a turn).
+        dataset: hash of the dataset's index, so that counts of another dataset are noticed.
+        templates: sentences that the dataset itself declares to be templates (a generator knows them).
+    """
+
+    turns: int
+    counts: Counter[str]
+    dataset: str = ""
+    templates: tuple[str, ...] = ()
+
+    @classmethod
+    def empty(cls) -> SentenceCounts:
+        """Counts of nothing."""
+        return cls(0, Counter())
+
+    def add(self, conversation: Iterable[dict[str, str]]) -> None:
+        """Count the user turns of one conversation (LLaVA's list of ``from`` and ``value``)."""
+        for turn in conversation:
+            if turn["from"] != "human":
+                continue
+            self.turns += 1
+            text = turn["value"].replace(IMAGE_MARK, "")
+            self.counts.update({s.key for s in split_sentences(text) if s.key})
+
+    def __add__(self, other: SentenceCounts) -> SentenceCounts:
+        """Union of two datasets' counts: what a mixture of both would count."""
+        return SentenceCounts(
+            self.turns + other.turns,
+            self.counts + other.counts,
+            stable_name(self.dataset, other.dataset),
+            tuple(sorted({*self.templates, *other.templates})),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, most frequent first."""
+        body = {
+            "format": "opsin.sentences/1",
+            "dataset": self.dataset,
+            "turns": self.turns,
+            "templates": list(self.templates),
+            "counts": dict(sorted(self.counts.items(), key=lambda kv: (-kv[1], kv[0]))),
+        }
+        Path(path).write_text(json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SentenceCounts:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no sentence-count file.
+        """
+        try:
+            body = json.loads(Path(path).read_text(encoding="utf-8"))
+            if body["format"] != "opsin.sentences/1":
+                raise ValueError(body["format"])
+            return cls(int(body["turns"]), Counter(body["counts"]), body["dataset"], tuple(body["templates"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a sentence-count file of Opsin ({error})") from error
+
+
+def stable_name(*names: str) -> str:
+    """One name for a set of dataset hashes, independent of their order."""
+    kept = sorted({n for n in names if n})
+    return kept[0] if len(kept) == 1 else (f"{stable_hash(*kept):016x}" if kept else "")

@@ -1,0 +1,1 @@
+"""The model as every method sees it."""

@@ -1,0 +1,23 @@
+"""The one exception for what the user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: one clear line (what, where, the nearest right thing). The command line ends with exit code 2.
+
+    Raised for everything a user can mend by changing a YAML, a path, a dataset or a flag; a traceback is
+    shown only with ``--debug``.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Hint that names the closest valid name: ``"; did you mean 'l2t'?"``, else the list of what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""

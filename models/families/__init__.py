@@ -1,0 +1,1 @@
+"""One file a model family: where its parts are and how its images become tokens."""

@@ -1,0 +1,1 @@
+"""The run: YAML -> objects -> Trainer.fit."""
