@@ -1,0 +1,172 @@
+"""A LLaVA model from parts: vision tower + language model + a fresh projector, and the processor that fits.
+
+Source: LLaVA 1.5 (arXiv 2310.03744) §3.2: a two-layer MLP from the tower's tokens to the language model's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from . import towers as towers  # registers TokenTower, so that folders with one load
+from .errors import UserError
+
+
+def load_vision_tower(source: str, **kwargs: Any) -> PreTrainedModel:
+    """A vision tower by name or folder: a transformers vision model, or the vision half of a CLIP or SigLIP.
+
+    For timm networks see :meth:`opsin.models.towers.TokenTower.from_timm`.
+
+    Args:
+        source: hub name or folder with weights.
+        kwargs: passed to ``from_pretrained`` (``dtype``, ``revision`` ...).
+
+    Raises:
+        UserError: nothing is there, or it is no vision model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        config = getattr(config, "vision_config", config)
+        _grid_side(config, source)
+        return AutoModel.from_pretrained(source, config=config, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a vision tower from '{source}': {error}") from error
+
+
+def llava_from_parts(
+    vision_tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    *,
+    image_token_id: int,
+    vision_feature_layer: int | None = None,
+    projector_hidden_act: str = "gelu",
+    seed: int = 0,
+) -> LlavaForConditionalGeneration:
+    """Join a vision tower and a language model by a new projector; both are used as they are, not copied.
+
+    Args:
+        vision_tower: takes ``pixel_values``, gives ``hidden_states``; its config has ``image_size``,
+            ``patch_size`` and ``hidden_size``. It is brought to the language model's dtype.
+        language_model: a causal language model; tied embeddings stay tied.
+        image_token_id: the vocabulary's token that stands for one visual token.
+        vision_feature_layer: which of the tower's hidden states; default: the last for a
+            :class:`~opsin.models.towers.TokenTower`, else the last but one, as in LLaVA.
+        projector_hidden_act: between the projector's two layers.
+        seed: of the projector's weights; PyTorch's global generator is left as it was.
+
+    Returns:
+        The model in ``eval`` mode, in the language model's dtype, nothing frozen.
+
+    Raises:
+        UserError: the tower's tokens form no grid, or the image token is outside the vocabulary.
+    """
+    text_config = language_model.config
+    if not 0 <= image_token_id < text_config.vocab_size:
+        raise UserError(f"image token {image_token_id} is outside the vocabulary of {text_config.vocab_size}")
+    side = _grid_side(vision_tower.config, type(vision_tower).__name__)
+    if vision_feature_layer is None:
+        vision_feature_layer = -1 if isinstance(vision_tower, towers.TokenTower) else -2
+    config = LlavaConfig(
+        vision_config=vision_tower.config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        image_seq_length=side * side,
+        projector_hidden_act=projector_hidden_act,
+        vision_feature_select_strategy="default" if _prefix_tokens(vision_tower) else "full",
+        vision_feature_layer=vision_feature_layer,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        pad_token_id=text_config.pad_token_id,
+    )
+    with torch.device("meta"):  # an empty frame: its parts come ready made
+        model = LlavaForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = LlavaMultiModalProjector(config)
+    model.model.vision_tower = vision_tower.to(language_model.dtype)
+    model.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
+    model.model.language_model = language_model.get_decoder()
+    model.lm_head = language_model.get_output_embeddings()
+    model.tie_weights()
+    if language_model.generation_config is not None:
+        model.generation_config = deepcopy(language_model.generation_config)
+    return model.eval()
+
+
+def llava_processor(
+    model: LlavaForConditionalGeneration,
+    tokenizer: Any,
+    *,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    chat_template: str | None = None,
+) -> LlavaProcessor:
+    """The processor of a model from :func:`llava_from_parts`: pictures are resized to the tower's square, not cropped.
+
+    Args:
+        model: decides picture size, number of visual tokens and image token.
+        tokenizer: the language model's.
+        image_mean, image_std: per channel, for pixels in 0..1, as the tower was trained.
+        chat_template: for messages with pictures; default: the tokenizer's.
+    """
+    config = model.config
+    vision = config.vision_config
+    square = {"height": vision.image_size, "width": vision.image_size}
+    # transformers 4 keeps the tensor version, which is the only one in 5, under another name.
+    before_5 = int(transformers.__version__.split(".")[0]) < 5
+    image_processor = getattr(transformers, "CLIPImageProcessorFast" if before_5 else "CLIPImageProcessor")
+    prefix = config.vision_feature_select_strategy == "default"
+    return LlavaProcessor(
+        image_processor=image_processor(
+            do_resize=True,
+            size=square,
+            do_center_crop=False,
+            crop_size=square,  # LlavaProcessor counts a picture's tokens by it
+            image_mean=list(image_mean),
+            image_std=list(image_std),
+        ),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(prefix),
+        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+        chat_template=chat_template or tokenizer.chat_template,
+    )
+
+
+def _grid_side(config: Any, name: str) -> int:
+    sizes = [getattr(config, key, None) for key in ("image_size", "patch_size", "hidden_size")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"{name} is no vision tower for LLaVA: its config needs image_size, patch_size and hidden_size")
+    return config.image_size // config.patch_size
+
+
+def _prefix_tokens(tower: PreTrainedModel) -> int:
+    """0 or 1 tokens before the patches (CLIP's class token), counted on the meta device.
+
+    Raises:
+        UserError: another number of tokens than patches, or patches and a class token.
+    """
+    config = deepcopy(tower.config)
+    with torch.device("meta"):
+        copy = type(tower)(config).eval()
+        pixels = torch.zeros(1, 3, config.image_size, config.image_size, dtype=copy.dtype)
+        tokens = copy(pixels, output_hidden_states=True).hidden_states[-1].shape[1]
+    patches = _grid_side(config, type(tower).__name__) ** 2
+    if tokens - patches not in (0, 1):
+        raise UserError(
+            f"{type(tower).__name__} gives {tokens} tokens for {patches} patches; LLaVA can drop one class token only"
+        )
+    return tokens - patches

@@ -1,0 +1,134 @@
+"""How a picture becomes tokens: views, grids, and the encoder that makes them (the data side of a family).
+
+A *view* is one grid of patches that the vision tower saw: the whole picture in LLaVA-1.5; a thumbnail and
+a mosaic of tiles in LLaVA-NeXT; the picture at its native resolution in Qwen2.5-VL. Every method that needs
+to know which token shows which part of the picture reads views and nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+PER_IMAGE_KEYS = ("image_sizes", "image_grid_thw", "pixel_attention_mask")
+"""Batch keys with one row an image (when the family has them)."""
+
+PIXEL_KEY = "pixel_values"
+"""Batch key with ``pixel_rows[i]`` rows for image ``i`` (1 in most families, patches in Qwen2-VL)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One grid of patches.
+
+    Attributes:
+        grid: (rows, columns) of patches, one visual token each.
+        box: (left, top, right, bottom) of the grid in the original picture, in shares of its width and
+            height; outside 0..1 where the processor padded the picture.
+        start: index of the first patch's token within the image's tokens.
+        stride: tokens from one row of patches to the next (``columns``, or more where a newline token
+            ends each row).
+    """
+
+    grid: tuple[int, int]
+    box: tuple[float, float, float, float]
+    start: int
+    stride: int
+
+    @property
+    def patches(self) -> int:
+        """Number of patches."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass
+class EncodedImage:
+    """One picture, ready for the model.
+
+    Attributes:
+        token_ids: (n,) int64, what replaces the single image token of the tokenised text.
+        views: the grids among those tokens.
+        pixels: the family's own tensors for this picture; ``pixel_values`` has ``pixel_rows`` rows, every
+            other key one row.
+        size: (height, width) of the original picture in pixels.
+    """
+
+    token_ids: np.ndarray
+    views: tuple[View, ...]
+    pixels: dict[str, torch.Tensor]
+    size: tuple[int, int]
+    pixel_rows: int = field(default=1)
+
+
+class ImageEncoder(ABC):
+    """Pictures -> tokens, views and pixel tensors, by the rules of one model family.
+
+    Runs in data-loader workers: it holds the Hugging Face processor and configuration, never the model.
+    """
+
+    placeholder: str
+    """What stands in the rendered text for one picture, wrapper tokens included."""
+    image_token_id: int
+
+    def __init__(self, processor: Any, config: Any):
+        self.processor = processor
+        self.config = config
+        self.image_token_id = int(image_token_id(config))
+        self.placeholder = processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+
+    @abstractmethod
+    def encode(self, picture: Image.Image) -> EncodedImage:
+        """One RGB picture."""
+
+    def stack(self, images: Sequence[EncodedImage]) -> dict[str, torch.Tensor]:
+        """Batch form of several pictures: one entry an image, in order of appearance."""
+        if not images:
+            return {}
+        return {key: torch.cat([i.pixels[key] for i in images]) for key in images[0].pixels}
+
+    def positions(self, image_of_token: np.ndarray, images: Sequence[EncodedImage]) -> np.ndarray:
+        """Position ids of one document from 0: (n,) int64, or (3, n) for families with M-RoPE.
+
+        Args:
+            image_of_token: (n,) ordinal of the picture each token belongs to, -1 for text.
+        """
+        return np.arange(len(image_of_token), dtype=np.int64)
+
+
+def image_token_id(config: Any) -> int:
+    """Id of the image token (``image_token_id``, or ``image_token_index`` in older configurations)."""
+    value = getattr(config, "image_token_id", None)
+    return int(config.image_token_index if value is None else value)
+
+
+def process_picture(processor: Any, picture: Image.Image) -> dict[str, torch.Tensor]:
+    """Run the Hugging Face image processor on one picture; tensors with one row an image or patch."""
+    return dict(processor.image_processor(images=[picture], return_tensors="pt"))
+
+
+def resize_and_crop_box(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float, int, int]:
+    """Where the processed pixels of a resize-and-centre-crop processor lie in the original picture.
+
+    Returns:
+        left, top, right, bottom in shares of the original, and the processed height and width in pixels.
+    """
+    size = dict(image_processor.size) if getattr(image_processor, "do_resize", True) else {}
+    if size.get("shortest_edge"):
+        scale = size["shortest_edge"] / min(width, height)
+        resized = (width * scale, height * scale)
+    elif size.get("height"):
+        resized = (float(size["width"]), float(size["height"]))
+    else:
+        resized = (float(width), float(height))
+    out_w, out_h = resized
+    if getattr(image_processor, "do_center_crop", False):
+        crop = image_processor.crop_size
+        out_w, out_h = float(crop["width"]), float(crop["height"])
+    left, top = (1 - out_w / resized[0]) / 2, (1 - out_h / resized[1]) / 2
+    return left, top, 1 - left, 1 - top, round(out_h), round(out_w)

@@ -1,0 +1,153 @@
+"""The one module that is wrapped, sharded and trained: a Hugging Face VLM plus the methods' heads.
+
+Everything that touches a parameter happens inside a ``forward`` of this module or of a head, because FSDP2
+gathers parameters only there; every other layout that was tried broke or let ranks drift apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .anatomy import Anatomy, anatomy_of
+from .attention import mask_for
+from .errors import UserError
+from .geometry import PER_IMAGE_KEYS, PIXEL_KEY
+from .step import FINAL, Step
+
+
+def nan_safe_zero(value: torch.Tensor) -> torch.Tensor:
+    """A scalar 0 that depends on ``value`` in the graph: gradients are zeros, even where ``value`` is NaN.
+
+    ``0 * value`` would carry NaN. Used wherever a rank has nothing to do but must run the same modules.
+    """
+    never = torch.zeros((), dtype=torch.bool, device=value.device)
+    return torch.where(never, value, torch.zeros((), dtype=value.dtype, device=value.device)).sum()
+
+
+class VisionLanguageNet(nn.Module):
+    """A Hugging Face VLM (``hf``) and heads of methods (``auxiliary``), run for training.
+
+    ``forward`` runs the language-model head only at labelled positions.
+
+    Attributes:
+        anatomy: where this family keeps its parts.
+        bidirectional_images: whether visual tokens see all tokens of their own image (a property of the
+            model: export keeps it).
+        autocast_dtype: dtype for autocast inside ``forward``, for devices on which Composer has none.
+    """
+
+    def __init__(self, hf: nn.Module, *, bidirectional_images: bool = False):
+        super().__init__()
+        self.hf = hf
+        self.auxiliary = nn.ModuleDict()
+        self.anatomy: Anatomy = anatomy_of(hf)
+        self.bidirectional_images = bidirectional_images
+        self.autocast_dtype: torch.dtype | None = None
+        self._step: Step | None = None
+        # Decoder layers are sharded one by one; everything else belongs to this module's own group.
+        for layer in self.anatomy.decoder_layers(hf):
+            layer._fsdp_wrap = True  # type: ignore[assignment]
+        self.anatomy.decoder(hf).register_forward_pre_hook(self._seam, with_kwargs=True)
+
+    def train(self, mode: bool = True) -> VisionLanguageNet:
+        """Training mode for what is trained; a frozen vision tower stays in evaluation mode (dropout, statistics)."""
+        super().train(mode)
+        if mode:
+            for path in self.anatomy.vision_tower:
+                tower = self.hf.get_submodule(path)
+                if not any(p.requires_grad for p in tower.parameters()):
+                    tower.eval()
+        return self
+
+    def forward(self, batch: dict[str, Any], step: Step) -> dict[str, torch.Tensor]:
+        """Run one micro-batch.
+
+        Args:
+            batch: a micro-batch as ``data.batch.split_batch`` makes it, on this module's device.
+            step: what methods want of this pass; its ``tapped`` is filled.
+
+        Returns:
+            ``nll`` (n,) float32 negative log-likelihood in nats of each labelled token, in the order of
+            ``label_rows``; ``correct`` (n,) bool, only in evaluation mode: whether it is the likeliest token;
+            ``zero``: scalar 0 that keeps tower and projector in the graph when no row has a picture.
+        """
+        hf: Any = self.hf
+        with self._autocast(batch["input_ids"].device), self._active(step):
+            pixels = {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
+            zero = self._idle_vision() if not pixels else None
+            out = hf.get_submodule(self.anatomy.body)(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+                return_dict=True,
+                **pixels,
+            )
+            hidden = out.last_hidden_state
+            if FINAL in step.taps:
+                step.tapped[FINAL] = hidden
+            logits = self.anatomy.head(hf, hidden.flatten(0, 1)[batch["label_rows"]])
+        logits = logits.float()
+        targets = batch["label_targets"]
+        outputs = {"nll": F.cross_entropy(logits, targets, reduction="none")}
+        if not self.training:
+            outputs["correct"] = logits.argmax(-1) == targets
+        if zero is not None:
+            outputs["zero"] = zero
+        outputs.update({f"tap{layer}": value for layer, value in step.tapped.items()})
+        return outputs
+
+    def _idle_vision(self) -> torch.Tensor:
+        """Tower and projector on a dummy picture, as a zero: all ranks run and differentiate the same modules."""
+        reference = next(self.hf.get_submodule(self.anatomy.vision_tower[0]).parameters())
+        dtype = self.autocast_dtype or reference.dtype
+        pixels = self.anatomy.dummy(self.hf, reference.device, dtype)
+        return nan_safe_zero(self.anatomy.image_features(self.hf, pixels).float())
+
+    def _seam(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Pre-hook of the decoder: the one place where embeddings and masks are changed, in all families."""
+        step = self._step
+        if step is None:
+            return None
+        if "inputs_embeds" not in kwargs or kwargs["inputs_embeds"] is None:
+            raise UserError(f"{type(module).__name__} was not called with inputs_embeds=; this family needs its own seam")
+        kwargs = dict(kwargs)
+        kwargs["inputs_embeds"] = step.edited(kwargs["inputs_embeds"])
+        see = step.sees(self.bidirectional_images)
+        if see is not None:
+            implementation = module.config._attn_implementation  # type: ignore[union-attr]
+            kwargs["attention_mask"] = mask_for(see, implementation, kwargs["inputs_embeds"].dtype)
+        return args, kwargs
+
+    @contextlib.contextmanager
+    def _active(self, step: Step) -> Iterator[None]:
+        """Make ``step`` the one that hooks serve, and tap the layers it asks for."""
+        layers = self.anatomy.decoder_layers(self.hf)
+        handles = []
+        for layer in sorted(step.taps - {FINAL}):
+            if not 1 <= layer <= len(layers):
+                raise UserError(f"tap at layer {layer}: the language model has layers 1 to {len(layers)}")
+
+            def keep(module: nn.Module, args: tuple, output: Any, layer: int = layer) -> None:
+                # Checkpointing runs a layer again during backward; the first output is the one with the graph.
+                step.tapped.setdefault(layer, output[0] if isinstance(output, tuple) else output)
+
+            handles.append(layers[layer - 1].register_forward_hook(keep))
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = None
+            for handle in handles:
+                handle.remove()
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)

