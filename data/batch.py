@@ -115,7 +115,8 @@ def split_batch(
     weights, source = effective_weights(batch)
     divisors = None
     if training:
-        declare(batch, "lm", weights.double().sum())
+        if "lm" not in declared(batch):  # unless a method owns the denominator (L2T)
+            declare(batch, "lm", weights.double().sum())
         divisors = denominators(declared(batch), parts)
     rows = batch["input_ids"].shape[0]
     if rows < parts:

@@ -156,16 +156,32 @@ class ConversationEncoder:
             return self._independent(system, pairs, pictures, uid, visit)
         return self._chained(system, pairs, pictures, uid, visit)
 
+    def prompt(self, system: str | None, pairs: list[tuple[str, str]], sample: Mapping[str, Any]) -> Document:
+        """Exchanges whose last response is left open, for generation; the pictures are the sample's.
+
+        Raises:
+            Rejected: the pictures do not fit the text, or the prompt is longer than ``max_seq_len``.
+        """
+        shown = self._pictures(sample, pairs)
+        segments = render(system, pairs, self.template, self.images.placeholder, open_response=True)
+        piece = self._tokenise(segments, shown)
+        if len(piece.ids) > self.max_seq_len:
+            raise Rejected(Status.TOO_LONG, f"the prompt has {len(piece.ids)} tokens, more than {self.max_seq_len}")
+        branches = np.zeros(len(piece.ids), dtype=np.int16)
+        return self._document(piece, branches, self.images.positions(piece.images, shown), shown, 1, 0, 0)
+
     def _pictures(self, sample: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[EncodedImage]:
+        """Decode and process; the first pictures are enough where the last exchanges are left out."""
         marks = sum(user.count(IMAGE_MARK) for user, _ in pairs)
         try:
             encoded = unpack_images(sample["images"])
         except ValueError as error:
             raise Rejected(Status.UNREADABLE_IMAGE, str(error)) from error
-        if marks != len(encoded) or any(IMAGE_MARK in answer for _, answer in pairs):
-            raise Rejected(Status.IMAGE_COUNT, f"{marks} image marks in the questions, {len(encoded)} pictures")
+        total = sum(t.get("value", "").count(IMAGE_MARK) for t in sample["conversations"] if t.get("from") == "human")
+        if total != len(encoded) or any(IMAGE_MARK in answer for _, answer in pairs):
+            raise Rejected(Status.IMAGE_COUNT, f"{total} image marks in the questions, {len(encoded)} pictures")
         images = []
-        for i, data in enumerate(encoded):
+        for i, data in enumerate(encoded[:marks]):
             try:
                 with Image.open(io.BytesIO(data)) as picture:
                     images.append(self.images.encode(picture.convert("RGB")))

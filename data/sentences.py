@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .schema import IMAGE_MARK, stable_hash
@@ -90,20 +90,17 @@ class SentenceCounts:
 
     Attributes:
         turns: number of user turns counted.
+        words: number of their words, every occurrence counted.
         counts: sentence key -> number of turns in which it occurs (at most once a turn).
         dataset: hash of the dataset's index, so that counts of another dataset are noticed.
         templates: sentences that the dataset itself declares to be templates (a generator knows them).
     """
 
-    turns: int
-    counts: Counter[str]
+    turns: int = 0
+    words: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     dataset: str = ""
     templates: tuple[str, ...] = ()
-
-    @classmethod
-    def empty(cls) -> SentenceCounts:
-        """Counts of nothing."""
-        return cls(0, Counter())
 
     def add(self, conversation: Iterable[dict[str, str]]) -> None:
         """Count the user turns of one conversation (LLaVA's list of ``from`` and ``value``)."""
@@ -112,25 +109,29 @@ class SentenceCounts:
                 continue
             self.turns += 1
             text = turn["value"].replace(IMAGE_MARK, "")
+            self.words += len(text.split())
             self.counts.update({s.key for s in split_sentences(text) if s.key})
 
     def __add__(self, other: SentenceCounts) -> SentenceCounts:
         """Union of two datasets' counts: what a mixture of both would count."""
         return SentenceCounts(
             self.turns + other.turns,
+            self.words + other.words,
             self.counts + other.counts,
-            stable_name(self.dataset, other.dataset),
+            _join_names(self.dataset, other.dataset),
             tuple(sorted({*self.templates, *other.templates})),
         )
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, most frequent first."""
+        """Write as JSON, most frequent first. Sentences that occur once are left out: no rule asks for them."""
+        kept = {key: count for key, count in self.counts.items() if count > 1 or key in self.templates}
         body = {
             "format": "opsin.sentences/1",
             "dataset": self.dataset,
             "turns": self.turns,
+            "words": self.words,
             "templates": list(self.templates),
-            "counts": dict(sorted(self.counts.items(), key=lambda kv: (-kv[1], kv[0]))),
+            "counts": dict(sorted(kept.items(), key=lambda kv: (-kv[1], kv[0]))),
         }
         Path(path).write_text(json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
@@ -145,12 +146,13 @@ class SentenceCounts:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
             if body["format"] != "opsin.sentences/1":
                 raise ValueError(body["format"])
-            return cls(int(body["turns"]), Counter(body["counts"]), body["dataset"], tuple(body["templates"]))
+            templates = tuple(body["templates"])
+            return cls(int(body["turns"]), int(body["words"]), Counter(body["counts"]), body["dataset"], templates)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a sentence-count file of Opsin ({error})") from error
 
 
-def stable_name(*names: str) -> str:
+def _join_names(*names: str) -> str:
     """One name for a set of dataset hashes, independent of their order."""
     kept = sorted({n for n in names if n})
     return kept[0] if len(kept) == 1 else (f"{stable_hash(*kept):016x}" if kept else "")

@@ -41,6 +41,7 @@ class Anatomy:
         dummy: (hf, device, dtype) -> pixel arguments of the smallest legal image.
         body: path of the model without its head, which joins image features and text.
         layers: path of the decoder layers inside the language model.
+        token_types: ``generate`` wants to be told which tokens are visual (transformers 5, M-RoPE families).
     """
 
     family: str
@@ -52,6 +53,7 @@ class Anatomy:
     dummy: Callable[[Any, torch.device, torch.dtype], dict[str, torch.Tensor]]
     body: str = "model"
     layers: str = "layers"
+    token_types: bool = False
 
     def decoder(self, hf: nn.Module) -> nn.Module:
         """The decoder without its head."""

@@ -1,6 +1,6 @@
 """A LLaVA model from parts: vision tower + language model + a fresh projector, and the processor that fits.
 
-Source: LLaVA 1.5 (arXiv 2310.03744) §3.2: a two-layer MLP from the tower's tokens to the language model's width.
+Source: LLaVA 1.5 (arXiv 2310.03744) §3.2: a two-layer MLP from the tower's width to the language model's.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def load_vision_tower(source: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def llava_from_parts(
-    vision_tower: PreTrainedModel,
-    language_model: PreTrainedModel,
+    vision_tower: Any,
+    language_model: Any,
     *,
     image_token_id: int,
     vision_feature_layer: int | None = None,
@@ -58,9 +58,10 @@ def llava_from_parts(
     """Join a vision tower and a language model by a new projector; both are used as they are, not copied.
 
     Args:
-        vision_tower: takes ``pixel_values``, gives ``hidden_states``; its config has ``image_size``,
-            ``patch_size`` and ``hidden_size``. It is brought to the language model's dtype.
-        language_model: a causal language model; tied embeddings stay tied.
+        vision_tower: a ``PreTrainedModel`` that takes ``pixel_values`` and gives ``hidden_states``; its
+            config has ``image_size``, ``patch_size`` and ``hidden_size``. It is brought to the language
+            model's dtype and device.
+        language_model: a ``PreTrainedModel`` for causal language modelling; tied embeddings stay tied.
         image_token_id: the vocabulary's token that stands for one visual token.
         vision_feature_layer: which of the tower's hidden states; default: the last for a
             :class:`~opsin.models.towers.TokenTower`, else the last but one, as in LLaVA.
@@ -95,7 +96,7 @@ def llava_from_parts(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = LlavaMultiModalProjector(config)
-    model.model.vision_tower = vision_tower.to(language_model.dtype)
+    model.model.vision_tower = vision_tower.to(language_model.device, language_model.dtype)
     model.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
     model.model.language_model = language_model.get_decoder()
     model.lm_head = language_model.get_output_embeddings()
@@ -113,7 +114,7 @@ def llava_processor(
     image_std: Sequence[float],
     chat_template: str | None = None,
 ) -> LlavaProcessor:
-    """The processor of a model from :func:`llava_from_parts`: pictures are resized to the tower's square, not cropped.
+    """The processor of a model from :func:`llava_from_parts`: pictures are resized to a square, not cropped.
 
     Args:
         model: decides picture size, number of visual tokens and image token.
@@ -149,11 +150,13 @@ def llava_processor(
 def _grid_side(config: Any, name: str) -> int:
     sizes = [getattr(config, key, None) for key in ("image_size", "patch_size", "hidden_size")]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UserError(f"{name} is no vision tower for LLaVA: its config needs image_size, patch_size and hidden_size")
+        raise UserError(
+            f"{name} is no LLaVA vision tower: its config needs image_size, patch_size, hidden_size"
+        )
     return config.image_size // config.patch_size
 
 
-def _prefix_tokens(tower: PreTrainedModel) -> int:
+def _prefix_tokens(tower: Any) -> int:
     """0 or 1 tokens before the patches (CLIP's class token), counted on the meta device.
 
     Raises:
@@ -167,6 +170,6 @@ def _prefix_tokens(tower: PreTrainedModel) -> int:
     patches = _grid_side(config, type(tower).__name__) ** 2
     if tokens - patches not in (0, 1):
         raise UserError(
-            f"{type(tower).__name__} gives {tokens} tokens for {patches} patches; LLaVA can drop one class token only"
+            f"{type(tower).__name__} gives {tokens} tokens for {patches} patches; LLaVA drops at most one"
         )
     return tokens - patches

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .anatomy import Anatomy, anatomy_of
-from .attention import mask_for
+from .attention import Visibility, mask_for
 from .errors import UserError
 from .geometry import PER_IMAGE_KEYS, PIXEL_KEY
 from .step import FINAL, Step
@@ -50,6 +50,7 @@ class VisionLanguageNet(nn.Module):
         self.bidirectional_images = bidirectional_images
         self.autocast_dtype: torch.dtype | None = None
         self._step: Step | None = None
+        self._prefill: Visibility | None = None
         # Decoder layers are sharded one by one; everything else belongs to this module's own group.
         for layer in self.anatomy.decoder_layers(hf):
             layer._fsdp_wrap = True  # type: ignore[assignment]
@@ -78,7 +79,7 @@ class VisionLanguageNet(nn.Module):
             ``zero``: scalar 0 that keeps tower and projector in the graph when no row has a picture.
         """
         hf: Any = self.hf
-        with self._autocast(batch["input_ids"].device), self._active(step):
+        with self.autocast(), self._active(step):
             pixels = {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
             zero = self._idle_vision() if not pixels else None
             out = hf.get_submodule(self.anatomy.body)(
@@ -114,7 +115,7 @@ class VisionLanguageNet(nn.Module):
         """Pre-hook of the decoder: the one place where embeddings and masks are changed, in all families."""
         step = self._step
         if step is None:
-            return None
+            return self._seam_of_prefill(module, args, kwargs)
         if "inputs_embeds" not in kwargs or kwargs["inputs_embeds"] is None:
             raise UserError(f"{type(module).__name__} was not called with inputs_embeds=; this family needs its own seam")
         kwargs = dict(kwargs)
@@ -124,6 +125,25 @@ class VisionLanguageNet(nn.Module):
             implementation = module.config._attn_implementation  # type: ignore[union-attr]
             kwargs["attention_mask"] = mask_for(see, implementation, kwargs["inputs_embeds"].dtype)
         return args, kwargs
+
+    def _seam_of_prefill(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """While generating: restore the mask of bidirectional images for the prompt; later tokens are causal."""
+        cache = kwargs.get("past_key_values")
+        if self._prefill is None or (cache is not None and cache.get_seq_length() > 0):
+            return None
+        kwargs = dict(kwargs)
+        implementation = module.config._attn_implementation  # type: ignore[union-attr]
+        kwargs["attention_mask"] = mask_for(self._prefill, implementation, kwargs["inputs_embeds"].dtype)
+        return args, kwargs
+
+    @contextlib.contextmanager
+    def prompt(self, see: Visibility | None) -> Iterator[None]:
+        """While generating from a prompt whose visibility is ``see`` (None: the family's own causal mask)."""
+        self._prefill = see
+        try:
+            yield
+        finally:
+            self._prefill = None
 
     @contextlib.contextmanager
     def _active(self, step: Step) -> Iterator[None]:
@@ -147,7 +167,8 @@ class VisionLanguageNet(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Autocast of our own, for devices on which Composer offers none (``amp_bf16`` on a CPU)."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(device.type, self.autocast_dtype)
+        return torch.autocast(next(self.parameters()).device.type, self.autocast_dtype)

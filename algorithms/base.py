@@ -1,0 +1,148 @@
+"""What every method is: a Composer algorithm that acts on events and nothing else.
+
+A method has a handler for each event it needs (``init``, ``after_dataloader``, ``batch_start``, ...). It works in a
+bare ``composer.Trainer(algorithms=[Method()])`` as well as from YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from composer.core import Algorithm, Event, State, get_precision_context
+from composer.loggers import Logger
+from torch import nn
+
+from ..models.errors import UserError
+from ..models.vlm import VisionLanguageModel
+
+_HANDLERS: dict[Event, str] = {
+    Event.INIT: "init",
+    Event.AFTER_LOAD: "after_load",
+    Event.FIT_START: "fit_start",
+    Event.AFTER_DATALOADER: "after_dataloader",
+    Event.BATCH_START: "batch_start",
+    Event.BEFORE_FORWARD: "before_forward",
+    Event.AFTER_LOSS: "after_loss",
+    Event.AFTER_BACKWARD: "after_backward",
+    Event.BATCH_END: "batch_end",
+    Event.EPOCH_END: "epoch_end",
+    Event.FIT_END: "fit_end",
+}
+
+
+class VisionAlgorithm(Algorithm):
+    """Base of Opsin's methods.
+
+    Subclasses have any of ``init``, ``after_load``, ``fit_start``, ``after_dataloader``, ``batch_start``,
+    ``before_forward``, ``after_loss``, ``after_backward``, ``batch_end``, ``epoch_end``, ``fit_end``; each
+    takes (model, state, logger). Only events with a handler match.
+
+    * ``after_dataloader``/``batch_start`` see the whole device batch on the CPU: rewrite labels, add small
+      tensors under ``token/<name>`` (B, L) or ``row/<name>`` (B, ...), declare counts
+      (``models.normalise.declare``).
+    * ``before_forward`` writes into ``model.step(state.batch)``; ``after_loss`` reads it and adds the
+      method's own key to ``state.loss``. Since nobody reads before everybody wrote, the order of methods
+      never matters.
+
+    Class attributes:
+        name: registered name; keys randomness, heads and log entries.
+        stages: stages of a run in which the paper uses the method.
+        loss_keys: keys it adds to the loss.
+        needs: what it needs of the model or the data, for ``--check`` (for example ``{"images"}``).
+        refuses: settings it cannot work with, and why.
+    """
+
+    name: ClassVar[str]
+    stages: ClassVar[tuple[str, ...]] = ("align", "instruct")
+    loss_keys: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[dict[str, str]] = {}
+
+    def is_off(self) -> bool:
+        """Whether the arguments switch the method off: then it does no work and attaches no head."""
+        return False
+
+    def match(self, event: Event, state: State) -> bool:
+        """Events whose handler the subclass has; none when the method is off."""
+        return not self.is_off() and (event == Event.AFTER_BACKWARD or self._handler(event) is not None)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> int | None:
+        """Run the event's handler inside the run's precision context."""
+        model = unwrap(state.model)
+        handler = self._handler(event)
+        if handler is not None:
+            with get_precision_context(state.precision, state.precision_config), model.net.autocast():
+                handler(model, state, logger)
+        if event == Event.AFTER_BACKWARD:
+            model.end_step()
+        return None
+
+    def _handler(self, event: Event) -> Callable[[VisionLanguageModel, State, Logger], Any] | None:
+        return getattr(self, _HANDLERS[event], None) if event in _HANDLERS else None
+
+    def attach(self, state: State, make: Callable[[], nn.Module], **group: Any) -> nn.Module:
+        """Add this method's head to the model; the only way to do so. Call it in ``init``.
+
+        The head is built by ``make`` with the random state seeded by (run seed, method name), so that it is
+        the same on all ranks, with or without other methods, and nothing else changes; on the model's
+        device; sharded on its own; and its parameters reach the optimizer once, as one group.
+
+        Args:
+            state: Composer's state.
+            make: builds the head.
+            group: options of the optimizer group (``lr``, ``weight_decay``).
+
+        Returns:
+            the head, reachable as ``model.net.auxiliary[name]``; the same one when called again.
+        """
+        model = unwrap(state.model)
+        if self.name in model.net.auxiliary:
+            return model.net.auxiliary[self.name]
+        from ..data.schema import stable_hash
+
+        reference = next(model.net.hf.parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stable_hash("head", state.rank_zero_seed, self.name))
+            head = make()
+        if self.name in model.saved_heads:
+            try:
+                head.load_state_dict(model.saved_heads.pop(self.name))
+            except RuntimeError as error:
+                raise UserError(
+                    f"algorithms.{self.name}: the head of the run that this one starts from has another shape; set "
+                    f"init_from.heads: new ({str(error).splitlines()[-1].strip()})"
+                ) from error
+        head.to(reference.device)
+        head._fsdp_wrap = True  # type: ignore[assignment]
+        model.net.auxiliary[self.name] = head
+        if state.optimizers:
+            options = {k: v for k, v in group.items() if v is not None}
+            parameters = [p for p in head.parameters() if p.requires_grad]
+            state.optimizers[0].add_param_group({"params": parameters, "part": "auxiliary", **options})
+        return head
+
+
+def unwrap(model: Any) -> VisionLanguageModel:
+    """The VisionLanguageModel inside a data-parallel wrapper.
+
+    Raises:
+        UserError: it is some other model.
+    """
+    inner = getattr(model, "module", model)
+    if not isinstance(inner, VisionLanguageModel):
+        raise UserError(f"Opsin's methods act on opsin.models.vlm.VisionLanguageModel, not {type(inner).__name__}")
+    return inner
+
+
+def agree(flag: bool, device: torch.device | None = None) -> bool:
+    """True on all ranks if it is True on any: what steers a run must be the same everywhere."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    if device is None:
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    value = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,261 @@
+"""Stored samples from local folders or object storage, on MosaicML Streaming, without its silent failures.
+
+Streaming 0.13.0 is the right engine and has four holes through which a run loses data without a word or waits
+for ever. :class:`SafeStream` and :class:`StreamingVLMDataset` close them:
+
+* the parent's S3 client is shared by forked workers, which then read each other's bytes -> every process
+  drops it and makes its own;
+* a shard that cannot be read ends the epoch early, without an error -> the error is raised;
+* ... and lets all other workers wait for ever -> the shard's state is reset;
+* a shard that failed its checksum stays in the cache and is trusted by the next run -> it is deleted and
+  fetched once more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streaming import Stream, StreamingDataset
+from streaming.base.dataset import _ShardState
+from streaming.base.storage import CloudDownloader
+from torch.utils.data import get_worker_info
+
+from ..models.errors import UserError, nearest
+from .schema import HASHES, stable_hash
+from .sentences import SIDECAR, SentenceCounts
+
+
+class SafeStream(Stream):
+    """A stream whose bad shards never stay in the cache."""
+
+    def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
+        for attempt in range(2):
+            try:
+                return super()._prepare_shard_part(raw_info, zip_info, compression)
+            except Exception:
+                if self.remote is not None:
+                    for info in (raw_info, zip_info):
+                        if info is not None:
+                            (Path(self.local) / self.split / info.basename).unlink(missing_ok=True)
+                if attempt or self.remote is None:
+                    raise
+        raise AssertionError("unreachable")
+
+
+class StreamingVLMDataset(StreamingDataset):
+    """Samples of ``schema.COLUMNS`` from one or several named streams.
+
+    Each sample also carries ``uid`` (stable, 1 .. 2**63 - 1), ``visit`` (how often it was served before) and
+    ``stream`` (name).
+
+    Args:
+        streams: name -> arguments of :class:`SafeStream` (``remote``, ``local``, ``proportion`` ...), or a
+            single remote under ``remote``.
+        remote: folder or URL (``s3://``, ``gs://``, ``azure://``, ``oci://``) of a single stream.
+        local: where its shards are cached; default: beside the other caches of this user, by remote. A
+            remote that is a local folder is read in place.
+        batch_size: samples a device batch (Streaming deals samples to ranks by it).
+        validate_hash: hash checked for every downloaded shard; ``auto``: the fastest that was written.
+        kwargs: further arguments of ``streaming.StreamingDataset``.
+
+    Raises:
+        UserError: an index cannot be read; one line with its address and what to do.
+    """
+
+    def __init__(
+        self,
+        *,
+        streams: Mapping[str, Mapping[str, Any]] | None = None,
+        remote: str | None = None,
+        local: str | None = None,
+        batch_size: int,
+        validate_hash: str | None = "auto",
+        **kwargs: Any,
+    ):
+        if bool(streams) == bool(remote):
+            raise UserError("dataset: give either remote or streams")
+        named = {"default": {"remote": remote, "local": local}} if remote else {n: dict(s) for n, s in streams.items()}  # type: ignore[union-attr]
+        self.stream_names = list(named)
+        made = []
+        for name, options in named.items():
+            made.append(_stream(name, options, validate_hash))
+        try:
+            super().__init__(streams=made, batch_size=batch_size, **kwargs)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"dataset: {_addresses(named)}: {_first_line(error)}") from error
+        self._epoch_now = 0
+        self._failure: BaseException | None = None
+        self._drop_clients()
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        """One stored sample, with ``uid``, ``visit`` and ``stream``."""
+        sample = super().__getitem__(at)
+        shard, _ = self.spanner[at]
+        name = self.stream_names[int(self.stream_per_shard[shard])]
+        sample["uid"] = stable_hash("sample", name, sample["id"])
+        sample["visit"] = self._epoch_now
+        sample["stream"] = name
+        return sample
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """This worker's share of an epoch.
+
+        Raises:
+            RuntimeError: a shard could not be read (stock Streaming ends the epoch here).
+        """
+        if get_worker_info() is not None:
+            self._drop_clients()
+        self._failure = None
+        finished = False
+        try:
+            yield from super().__iter__()
+            finished = True
+        finally:
+            if not finished and hasattr(self, "_iterator"):
+                self._iterator.non_blocking_exit()
+        if self._failure is not None or self._event.is_set():
+            raise RuntimeError(f"a shard could not be read: {_first_line(self._failure)}") from self._failure
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard; if that fails, other workers may try instead of waiting for ever."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            if self._shard_states[shard_id] == _ShardState.PREPARING:
+                self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+
+    def on_exception(self, future: Any) -> None:
+        """Keep a background thread's error for :meth:`__iter__`, which raises it."""
+        if future.exception():
+            self._failure = future.exception()
+        super().on_exception(future)
+
+    def sentence_counts(self, sample: int = 0) -> SentenceCounts | None:
+        """Instruction-sentence counts of all streams together, from the files beside their indexes.
+
+        Args:
+            sample: where a stream has no such file, count this many of its samples (spread evenly); 0: don't.
+
+        Returns:
+            None if some stream has no counts and ``sample`` is 0.
+        """
+        total = SentenceCounts()
+        for i, stream in enumerate(self.streams):
+            counts = read_sentence_counts(stream)
+            if counts is None and sample:
+                counts = self._sampled_counts(i, sample)
+            if counts is None:
+                return None
+            total = total + counts
+        return total
+
+    def _sampled_counts(self, stream: int, count: int) -> SentenceCounts:
+        first, size = int(self.sample_offset_per_stream[stream]), int(self.samples_per_stream[stream])
+        counts = SentenceCounts()
+        count = min(count, size)
+        for i in range(count):
+            sample = self[first + i * size // count]
+            if any("<image>" in t.get("value", "") for t in sample["conversations"]):
+                counts.add(sample["conversations"])
+        return counts
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        epoch, sample = super()._resume_incr_epoch()
+        self._epoch_now = int(epoch)
+        return epoch, sample
+
+    def _drop_clients(self) -> None:
+        """Close connections to object storage: sockets must not be shared by forked processes."""
+        for stream in self.streams:
+            downloader = getattr(stream, "_downloader", None)
+            if downloader is not None:
+                downloader.clean_up()
+
+
+def _stream(name: str, options: Mapping[str, Any], validate_hash: str | None) -> SafeStream:
+    options = {k: v for k, v in options.items() if v is not None}
+    known = ("remote", "local", "split", "proportion", "repeat", "choose", "download_retry", "download_timeout", "keep_zip")
+    for key in options:
+        if key not in known:
+            raise UserError(f"dataset.streams.{name}.{key}: unknown key{nearest(key, known)}")
+    remote = options.get("remote")
+    if not remote:
+        raise UserError(f"dataset.streams.{name}: needs remote: a folder or a URL")
+    if "://" not in remote:
+        index = Path(remote) / options.get("split", "") / "index.json"
+        if not index.is_file():
+            raise UserError(f"dataset: no MDS dataset at '{remote}' (no {index.name}); make one with `opsin data ...`")
+        options["local"] = options.pop("remote")
+    elif "local" not in options:
+        options["local"] = str(cache_folder() / "streams" / f"{stable_hash(remote, options.get('split', '')):016x}")
+    algorithm = _hash_of(options, validate_hash)
+    return SafeStream(validate_hash=algorithm, **options)
+
+
+def _hash_of(options: Mapping[str, Any], validate_hash: str | None) -> str | None:
+    """``auto``: the fastest hash that the dataset was written with; None where there is none."""
+    if validate_hash != "auto":
+        return validate_hash
+    index = Path(options["local"]) / options.get("split", "") / "index.json"
+    if not index.is_file():
+        index.parent.mkdir(parents=True, exist_ok=True)
+        fetch(str(options["remote"]), "index.json", index, options.get("split", ""))
+    try:
+        shards = json.loads(index.read_text())["shards"]
+        written = shards[0]["raw_data"]["hashes"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"dataset: {index} is no index of MDS shards ({_first_line(error)})") from error
+    return next((h for h in reversed(HASHES) if h in written), next(iter(written), None))
+
+
+def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
+    """Download one file of a dataset, whole or not at all.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    address = "/".join(part.strip("/") if i else part.rstrip("/") for i, part in enumerate((remote, split, name)) if part)
+    partial = to.with_name(to.name + f".{os.getpid()}.part")
+    try:
+        CloudDownloader.direct_download(address, str(partial))
+        partial.replace(to)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"dataset: cannot read {address}: {_first_line(error)}") from error
+
+
+def read_sentence_counts(stream: Stream) -> SentenceCounts | None:
+    """The sentence counts beside a stream's index; None if there are none."""
+    folder = Path(stream.local) / stream.split
+    here = folder / SIDECAR
+    if not here.is_file():
+        if stream.remote is None:
+            return None
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                copy = Path(temporary) / SIDECAR
+                fetch(stream.remote, SIDECAR, copy, stream.split)
+                return SentenceCounts.load(copy)
+        except UserError:
+            return None
+    return SentenceCounts.load(here)
+
+
+def cache_folder() -> Path:
+    """Where Opsin keeps what can be made again: ``$OPSIN_CACHE``, else ``~/.cache/opsin``."""
+    return Path(os.environ.get("OPSIN_CACHE") or Path.home() / ".cache" / "opsin")
+
+
+def _addresses(named: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(str(options.get("remote") or options.get("local")) for options in named.values())
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = str(error).strip().splitlines() if error is not None else []
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -1,0 +1,176 @@
+"""Jobs that run in one process or on all ranks of the pool: small trainings with recorded numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import zoo
+from composer import Callback, Trainer
+from composer.utils import dist, reproducibility
+from torch.utils.data import DataLoader, IterableDataset
+
+from opsin.data.batch import vlm_data_spec
+from opsin.data.chat import chat_template
+from opsin.data.collate import VLMCollator
+from opsin.data.encode import ConversationEncoder
+from opsin.models.anatomy import image_encoder_for
+from opsin.models.parts import parameter_groups, set_trainable
+from opsin.models.vlm import VisionLanguageModel
+from opsin.training import compat
+
+warnings.filterwarnings("ignore")
+compat.apply()
+
+
+class Samples(IterableDataset):
+    """A fixed list of samples, dealt to ranks: global batch g of size G gives rank r its r-th share."""
+
+    def __init__(self, samples: list[dict], device_batch: int, rank: int, world: int):
+        size = device_batch * world
+        self.samples = [
+            s
+            for start in range(0, len(samples) - size + 1, size)
+            for s in samples[start + rank * device_batch : start + (rank + 1) * device_batch]
+        ]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.samples)
+
+
+def collator(built: zoo.Built, template: str = "vicuna_v1", max_seq_len: int = 400, **options: Any) -> VLMCollator:
+    images = image_encoder_for(built.processor, built.hf.config)
+    tokenizer = built.processor.tokenizer
+    encoder = ConversationEncoder(
+        tokenizer, images, chat_template(template, tokenizer.eos_token), max_seq_len=max_seq_len
+    )
+    return VLMCollator(encoder, **options)
+
+
+def mixed_samples(count: int, images: str = "mixed") -> list[dict]:
+    """Samples with unequal numbers of images, turns and labels.
+
+    ``images``: ``mixed``; ``first_half`` of every 4 only (so that with two ranks one has none); ``none``.
+    """
+    samples = []
+    for i in range(count):
+        number = {"mixed": (1, 0, 2, 1)[i % 4], "first_half": 1 + i % 2 if i % 4 < 2 else 0, "none": 0}[images]
+        samples.append(zoo.sample(i, images=number, turns=1 + i % 3, independent=i % 5 == 0 and number == 1))
+    return samples
+
+
+class Record(Callback):
+    """Losses and a digest of gradients of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[dict[str, float]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def after_train_batch(self, state: Any, logger: Any) -> None:
+        self.gradients.append(gradients_of(state.model))
+
+    def batch_end(self, state: Any, logger: Any) -> None:
+        self.losses.append(dict(state.total_loss_dict))
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    """Full gradients by name, sharded ones put together."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        grad = parameter.grad
+        if hasattr(grad, "full_tensor"):
+            grad = grad.full_tensor()
+        found[name.removeprefix("module.").replace("._checkpoint_wrapped_module", "")] = grad.detach().clone()
+    return found
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """Full weights by name, sharded ones put together."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        found[name.removeprefix("module.")] = value.detach().clone()
+    return found
+
+
+def train(
+    family: str = "llava",
+    samples: list[dict] | None = None,
+    *,
+    global_batch: int = 8,
+    microbatch: int | None = None,
+    steps: int = 2,
+    parallel: str = "ddp",
+    packing: bool = False,
+    algorithms: list[tuple[str, dict]] = (),
+    trainable: dict[str, bool] | None = None,
+    accumulate_on_tokens: bool = False,
+    precision: str = "fp32",
+    lr: float = 1e-2,
+    seed: int = 3,
+    trainer: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a tiny model for some steps; the same function in one process and on ranks.
+
+    ``algorithms``: (``module:class``, keyword arguments). Returns losses, gradients, weights.
+    """
+    world, rank = dist.get_world_size(), dist.get_global_rank()
+    built = zoo.build(family, seed=1)
+    model = VisionLanguageModel(built.hf, built.processor)
+    set_trainable(model, trainable or {"vision_tower": False, "mm_projector": True, "language_model": True})
+    device_batch = global_batch // world
+    samples = mixed_samples(global_batch * steps) if samples is None else samples
+    dataset = Samples(samples, device_batch, rank, world)
+    loader = DataLoader(dataset, batch_size=device_batch, collate_fn=collator(built, packing=packing, **options))
+    record = Record()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, {}, 0.0))
+    config = None
+    if parallel == "fsdp2":
+        from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+
+        config = ParallelismConfig(fsdp=FSDP2Config())
+    fit = Trainer(
+        model=model,
+        train_dataloader=vlm_data_spec(loader),
+        optimizers=optimizer,
+        algorithms=[_make(name, kwargs) for name, kwargs in algorithms],
+        callbacks=[record],
+        max_duration=f"{steps}ba",
+        device="cpu",
+        precision=precision,
+        device_train_microbatch_size=microbatch or device_batch,
+        accumulate_train_batch_on_tokens=accumulate_on_tokens,
+        parallelism_config=config,
+        progress_bar=False,
+        seed=seed,
+        **(trainer or {}),
+    )
+    fsdp_on = bool(fit.state.fsdp_enabled)
+    plain = [n for n, p in fit.state.model.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    fit.fit()
+    result = {
+        "losses": record.losses,
+        "gradients": record.gradients,
+        "weights": weights_of(fit.state.model),
+        "fsdp": fsdp_on,
+        "plain_parameters": plain,
+        "keys": [list(loss) for loss in record.losses],
+    }
+    fit.close()
+    reproducibility.seed_all(0)
+    return result
+
+
+def _make(name: str, kwargs: dict) -> Any:
+    import importlib
+
+    module, cls = name.split(":")
+    return getattr(importlib.import_module(module), cls)(**kwargs)

@@ -1,0 +1,166 @@
+"""Specs of a configuration -> objects, checked against the constructors' signatures."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..models.errors import UserError, nearest
+from .config import Loaded
+from .registry import Registry, optimizers, schedulers
+from .registry import algorithms as algorithm_registry
+from .schema import RunConfig, StageConfig
+
+RESERVED = ("enabled", "stages")
+"""Keys of a method that the run reads itself."""
+
+
+def construct(make: Callable[..., Any], arguments: Mapping[str, Any], where: Callable[[str], str], **given: Any) -> Any:
+    """Call a constructor with keyword arguments from a configuration.
+
+    Args:
+        make: class or function.
+        arguments: from the YAML.
+        where: key -> its place, for messages.
+        given: arguments that the run itself supplies.
+
+    Raises:
+        UserError: a keyword that the constructor does not know or of a wrong type, or one that it misses;
+            or the constructor itself refuses.
+    """
+    check_arguments(make, arguments, where, given)
+    try:
+        return make(**arguments, **given)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"{where('')}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+def check_arguments(
+    make: Callable[..., Any], arguments: Mapping[str, Any], where: Callable[[str], str], given: Mapping[str, Any] = {}
+) -> None:
+    """Check keyword arguments against a signature without calling it; see :func:`construct`."""
+    parameters = inspect.signature(make).parameters
+    target = make.__init__ if isinstance(make, type) else make
+    try:
+        hints = get_type_hints(target)
+    except Exception:  # a third party's annotations may not resolve; names are still checked
+        hints = {}
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    known = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for key, value in arguments.items():
+        if key in given:
+            raise UserError(f"{where(key)}: is set by the run itself")
+        if key not in known and not open_ended:
+            offered = [n for n in known if n not in given and n != "self"]
+            raise UserError(f"{where(key)}: unknown key{nearest(key, offered)}")
+        if key in hints and not _fits(hints[key], value):
+            raise UserError(f"{where(key)}: expected {_described(hints[key])}, got {value!r}"[:300])
+    for name, parameter in parameters.items():
+        required = parameter.default is parameter.empty and name in known
+        if required and name not in arguments and name not in given:
+            raise UserError(f"{where('')}: needs {name}")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a YAML value can be meant by a type; unknown kinds of types accept anything."""
+    origin = get_origin(hint)
+    if origin is Union or origin is types.UnionType:
+        return any(_fits(o, value) for o in get_args(hint))
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    return True
+
+
+def _described(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)).replace("typing.", "")
+
+
+def named(registry: Registry, spec: Mapping[str, Any], place: Callable[..., str], *path: str, **given: Any) -> Any:
+    """Build what ``name:`` says with the keys beside it."""
+    where = lambda key: place(*path, key) if key else place(*path)  # noqa: E731
+    if "name" not in spec:
+        raise UserError(f"{where('')}: needs name: one of {', '.join(registry.names())}")
+    make = registry.get(str(spec["name"]), where("name"))
+    return construct(make, {k: v for k, v in spec.items() if k != "name"}, where, **given)
+
+
+def mapped(
+    registry: Registry, specs: Mapping[str, Mapping[str, Any] | None], place: Callable[..., str], section: str
+) -> list[Any]:
+    """Build every entry of a ``name: {keywords}`` section (callbacks, loggers)."""
+    built = []
+    for name, keywords in specs.items():
+        where = lambda key, name=name: place(section, name, key) if key else place(section, name)  # noqa: E731
+        built.append(construct(registry.get(name, where("")), dict(keywords or {}), where))
+    return built
+
+
+def enabled_algorithms(loaded: Loaded) -> dict[str, dict[str, Any]]:
+    """Methods that are switched on: name -> keywords (``stages`` kept)."""
+    chosen = {}
+    for name, keywords in loaded.run.algorithms.items():
+        algorithm_registry.get(name, loaded.where("algorithms", name))
+        if keywords.get("enabled", True):
+            chosen[name] = {k: v for k, v in keywords.items() if k != "enabled"}
+    return chosen
+
+
+def algorithms_of_stage(loaded: Loaded, stage: str, **given: dict[str, Any]) -> dict[str, Any]:
+    """Methods of one stage, built: name -> algorithm.
+
+    A method is used in the stages that its ``stages`` names; by default those of its paper, or every stage
+    where the run's stages have other names. ``given``: further keywords by method (report files and the like).
+    """
+    built = {}
+    for name, keywords in enabled_algorithms(loaded).items():
+        make = algorithm_registry.get(name, loaded.where("algorithms", name))
+        if stage not in stages_of(loaded, name, keywords, make):
+            continue
+        where = lambda key, name=name: loaded.where("algorithms", name, key) if key else loaded.where("algorithms", name)  # noqa: E731
+        arguments = {k: v for k, v in keywords.items() if k not in RESERVED}
+        extra = {k: v for k, v in given.get(name, {}).items() if k not in arguments}
+        built[name] = construct(make, arguments, where, **extra)
+    return built
+
+
+def stages_of(loaded: Loaded, name: str, keywords: Mapping[str, Any], make: Any) -> list[str]:
+    """Stages in which a method is used."""
+    names = stage_names(loaded.run)
+    wanted = keywords.get("stages")
+    if wanted is None:
+        paper = getattr(make, "stages", None)
+        return [s for s in names if paper is None or s in paper or s not in ("align", "instruct")]
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    for stage in wanted:
+        if stage not in names:
+            raise UserError(f"{loaded.where('algorithms', name, 'stages')}: no stage '{stage}'{nearest(stage, names)}")
+    return wanted
+
+
+def stage_names(run: RunConfig) -> list[str]:
+    """Names of the run's stages, in order."""
+    return list(run.stages) or [run.stage]
+
+
+def build_optimizer(stage: StageConfig, groups: list[dict[str, Any]], place: Callable[..., str]) -> Any:
+    """The optimizer over parameter groups (each has its own ``lr`` and ``weight_decay``)."""
+    spec = {k: v for k, v in stage.optimizer.items() if k != "weight_decay"}
+    spec.setdefault("lr", 2.0e-5)
+    return named(optimizers, spec, place, "optimizer", params=groups)
+
+
+def build_scheduler(stage: StageConfig, place: Callable[..., str]) -> Any:
+    """The learning-rate schedule."""
+    return named(schedulers, stage.scheduler, place, "scheduler")

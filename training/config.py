@@ -1,0 +1,181 @@
+"""YAML files and ``key=value`` arguments -> one checked configuration.
+
+Files are merged left to right, then the arguments. Every key is checked against :mod:`.schema` before
+anything is built: an unknown key or a wrong type ends in one line with file, key path and the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..models.errors import UserError, nearest
+from .provenance import Path_, Provenance, find_yaml
+from .schema import RunConfig, StageConfig
+
+
+@dataclass
+class Loaded:
+    """A checked configuration: typed, as plain data, and where each key came from."""
+
+    run: RunConfig
+    plain: dict[str, Any]
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def where(self, *path: str) -> str:
+        """``file:line: key.path`` of a key, for messages."""
+        return f"{self.provenance.where(path)}: {'.'.join(path)}"
+
+
+def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
+    """Merge YAML files left to right, then ``key=value`` arguments, and check every key.
+
+    ``algorithms.X=true|false`` (and ``X: true|false`` in a later file) toggles a method and keeps the keywords
+    written before; ``X: {}`` means defaults.
+
+    Raises:
+        UserError: unknown key, wrong type, missing file, broken YAML or interpolation.
+    """
+    provenance = Provenance()
+    merged: dict[str, Any] = {}
+    for name in files:
+        path = find_yaml(name)
+        text = path.read_text(encoding="utf-8")
+        provenance.add_file(name, text)
+        layer = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
+        if not isinstance(layer, dict):
+            raise UserError(f"{name}: a configuration is a mapping of keys, not {type(layer).__name__}")
+        _merge(merged, layer, ())
+    for argument in arguments:
+        key, separator, _ = argument.partition("=")
+        if not separator or not key:
+            raise UserError(f"command line: '{argument}' is no key=value")
+        try:
+            layer = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
+        except Exception as error:
+            raise UserError(f"command line: '{argument}': {_line(error)}") from error
+        provenance.add_argument(tuple(key.split(".")), argument)
+        assert isinstance(layer, dict)
+        _merge(merged, layer, ())
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {_line(error)}") from error
+    assert isinstance(plain, dict)
+    checker = _Checker(provenance)
+    run = checker.dataclass(RunConfig, plain, ())
+    return Loaded(run, plain, provenance)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _merge(into: dict[str, Any], layer: Mapping[Any, Any], path: Path_) -> None:
+    """Merge one layer: mappings deeply, everything else replaces; methods by their own rule."""
+    for key, value in layer.items():
+        key = str(key)
+        if path and path[-1] == "algorithms" and _is_toggle(value):
+            _toggle(into, key, value)
+        elif isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value, (*path, key))
+        elif isinstance(value, Mapping):
+            into[key] = {}
+            _merge(into[key], value, (*path, key))
+        else:
+            into[key] = value
+
+
+def _is_toggle(value: Any) -> bool:
+    return isinstance(value, bool) or value is None or (isinstance(value, Mapping) and not value)
+
+
+def _toggle(into: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, bool):
+        kept = into.get(name)
+        into[name] = {**(kept if isinstance(kept, dict) else {}), "enabled": value}
+    else:  # {} or nothing: the defaults
+        into[name] = {"enabled": True}
+
+
+class _Checker:
+    """Turns plain data into dataclasses, refusing what does not fit."""
+
+    def __init__(self, provenance: Provenance):
+        self.provenance = provenance
+
+    def fail(self, path: Path_, message: str) -> typing.NoReturn:
+        raise UserError(f"{self.provenance.where(path)}: {'.'.join(path)}: {message}")
+
+    def dataclass(self, kind: type, value: Any, path: Path_) -> Any:
+        if not isinstance(value, Mapping):
+            self.fail(path, f"expected a mapping of keys, got {_shown(value)}")
+        hints = get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                self.fail((*path, str(key)), f"unknown key{nearest(str(key), hints)}")
+        made = {key: self.value(hints[key], item, (*path, key)) for key, item in value.items()}
+        return kind(**made)
+
+    def value(self, hint: Any, value: Any, path: Path_) -> Any:
+        origin = get_origin(hint)
+        if hint is Any:
+            return value
+        if origin is Union or origin is types.UnionType:
+            options = [o for o in get_args(hint) if o is not type(None)]
+            if value is None and len(options) < len(get_args(hint)):
+                return None
+            return self.value(options[0], value, path)
+        if dataclasses.is_dataclass(hint):
+            if hint.__name__ == "InitFrom" and isinstance(value, str):
+                return hint(path=value)
+            return self.dataclass(hint, value, path)  # type: ignore[arg-type]
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                self.fail(path, f"expected a mapping, got {_shown(value)}")
+            item = get_args(hint)[1]
+            return {str(k): self.value(item, v, (*path, str(k))) for k, v in value.items()}
+        if origin is list:
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                self.fail(path, f"expected a list, got {_shown(value)}")
+            item = get_args(hint)[0]
+            return [self.value(item, v, (*path, str(i))) for i, v in enumerate(value)]
+        return self.scalar(hint, value, path)
+
+    def scalar(self, hint: type, value: Any, path: Path_) -> Any:
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if hint is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            return value
+        self.fail(path, f"expected {names.get(hint, hint.__name__)}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    kind = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", type(None): "nothing"}
+    text = f" {value!r}" if not isinstance(value, dict | list) and value is not None else ""
+    return kind.get(type(value), type(value).__name__) + text[:60]
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as plain data, every default filled in."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML text, every default filled in."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+STAGE_KEYS = tuple(f.name for f in dataclasses.fields(StageConfig))

@@ -1,0 +1,74 @@
+"""``metrics.jsonl``: a line a step, under Composer's metric names."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+
+class MetricsFile(LoggerDestination):
+    """Collects what is logged during a step and appends it as one JSON line when the step ends.
+
+    A resumed run first drops the lines of steps that it will run again.
+
+    Args:
+        path: file, shared by all stages of a run.
+        stage: written into each line.
+    """
+
+    def __init__(self, path: str | Path, stage: str):
+        self.path = Path(path)
+        self.stage = stage
+        self._pending: dict[str, float] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Keep numbers until the step ends."""
+        for name, value in metrics.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                continue
+            self._pending[name] = number if math.isfinite(number) else math.nan
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Drop lines from the current step on: they will come again."""
+        if dist.get_global_rank() or not self.path.is_file():
+            return
+        now = int(state.timestamp.batch)
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # cut off by a kill
+            if entry.get("stage") != self.stage or entry.get("step", 0) <= now:
+                kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Write the step's line (after its evaluations)."""
+        self._write(int(state.timestamp.batch))
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Write what came after the last step."""
+        self._write(int(state.timestamp.batch))
+
+    def _write(self, step: int) -> None:
+        pending, self._pending = self._pending, {}
+        if dist.get_global_rank() or not pending:
+            return
+        clean = {k: (None if math.isnan(v) else v) for k, v in pending.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage, "step": step, **clean}) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All lines of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,153 @@
+"""Registries by name, with descriptions and entry points: how another package adds to Opsin.
+
+A package registers under the entry-point groups ``opsin_algorithms``, ``opsin_models``, ``opsin_datasets``
+and ``opsin_evaluations``; Composer's own algorithms, callbacks, loggers, optimizers and schedulers are
+reachable by their snake-case names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import catalogue
+
+from ..models.errors import UserError, nearest
+
+
+class Registry:
+    """A named table of constructors.
+
+    Args:
+        name: also the entry-point group (``opsin_<name>``).
+        description: one sentence for ``opsin registry``.
+        builtin: name -> ``module:attribute`` of what ships with Opsin; imported when asked for.
+        composer: a function that lists Composer's own, by snake-case name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        builtin: dict[str, str],
+        composer: Callable[[], dict[str, Any]] | None = None,
+    ):
+        self.name = name
+        self.description = description
+        self.builtin = builtin
+        self._composer = composer
+        self._catalogue = catalogue.create("opsin", name, entry_points=True)
+
+    def register(self, name: str, made: Any) -> None:
+        """Add an entry at run time."""
+        self._catalogue.register(name, func=made)
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        extra = self._composer() if self._composer else {}
+        return sorted({*self.builtin, *self._catalogue.get_all(), *extra})
+
+    def get(self, name: str, where: str) -> Any:
+        """The constructor called ``name``.
+
+        Raises:
+            UserError: there is none; the line names the nearest one.
+        """
+        if name in self.builtin:
+            module, attribute = self.builtin[name].split(":")
+            return getattr(importlib.import_module(module, "opsin.training"), attribute)
+        if name in self._catalogue:
+            return self._catalogue.get(name)
+        extra = self._composer() if self._composer else {}
+        if name in extra:
+            return extra[name]
+        raise UserError(f"{where}: unknown {self.name.rstrip('s')} '{name}'{nearest(name, self.names())}")
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _public_classes(module: str, base: str, suffix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    package = importlib.import_module(module)
+    root = getattr(importlib.import_module(base.rpartition(".")[0]), base.rpartition(".")[2])
+    for name in dir(package):
+        value = getattr(package, name)
+        if isinstance(value, type) and issubclass(value, root) and value is not root:
+            found[_snake(name).removesuffix(suffix) if suffix else _snake(name)] = value
+    return found
+
+
+@lru_cache(1)
+def _composer_algorithms() -> dict[str, Any]:
+    return _public_classes("composer.algorithms", "composer.core.Algorithm")
+
+
+@lru_cache(1)
+def _composer_callbacks() -> dict[str, Any]:
+    return _public_classes("composer.callbacks", "composer.core.Callback")
+
+
+@lru_cache(1)
+def _composer_loggers() -> dict[str, Any]:
+    found = _public_classes("composer.loggers", "composer.loggers.LoggerDestination")
+    # llm-foundry's names
+    short = {"tensorboard_logger": "tensorboard", "wand_blogger": "wandb", "wand_b_logger": "wandb",
+             "ml_flow_logger": "mlflow", "mlflow_logger": "mlflow", "file_logger": "file",
+             "in_memory_logger": "inmemory", "neptune_logger": "neptune", "comet_ml_logger": "comet",
+             "slack_logger": "slack"}  # fmt: skip
+    return {short.get(name, name): value for name, value in found.items()}
+
+
+@lru_cache(1)
+def _composer_optimizers() -> dict[str, Any]:
+    import torch
+
+    found = _public_classes("composer.optim", "torch.optim.Optimizer")
+    found.update({_snake(n): getattr(torch.optim, n) for n in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad")})
+    found["adamw"] = torch.optim.AdamW
+    return {_rename(n): v for n, v in found.items()}
+
+
+def _rename(name: str) -> str:
+    return {"decoupled_adam_w": "decoupled_adamw", "decoupled_sgdw": "decoupled_sgdw", "adam_w": "adamw",
+            "decoupled_sgd_w": "decoupled_sgdw"}.get(name, name)  # fmt: skip
+
+
+@lru_cache(1)
+def _composer_schedulers() -> dict[str, Any]:
+    found = _public_classes("composer.optim", "composer.optim.ComposerScheduler", "_scheduler")
+    short = {"cosine_annealing_with_warmup": "cosine_with_warmup", "cosine_annealing": "cosine"}
+    return {**found, **{s: found[n] for n, s in short.items() if n in found}}
+
+
+algorithms = Registry(
+    "algorithms", "Methods of Opsin, and Composer's own algorithms.", {"l2t": "opsin.algorithms.l2t:L2T"},
+    _composer_algorithms,
+)  # fmt: skip
+models = Registry(
+    "models",
+    "Vision-language models: from a folder or hub name, from parts, or tiny ones for demonstration.",
+    {
+        "hf_vlm": ".models:hf_vlm",
+        "scenes_llava": ".models:scenes_llava",
+        "smollm2_llava": ".models:smollm2_llava_model",
+    },
+)
+datasets = Registry("datasets", "Data that `prepare:` makes when it is not there yet.", {
+    "scenes": ".prepare:scenes",
+    "easy_vqa": ".prepare:easy_vqa",
+})  # fmt: skip
+evaluations = Registry("evaluations", "What is measured of a trained model.", {
+    "scorecard": "opsin.evaluation.scorecard:scorecard",
+})  # fmt: skip
+callbacks = Registry("callbacks", "Composer's callbacks.", {}, _composer_callbacks)
+loggers = Registry("loggers", "Composer's loggers.", {}, _composer_loggers)
+optimizers = Registry("optimizers", "Optimizers of torch and Composer.", {}, _composer_optimizers)
+schedulers = Registry("schedulers", "Learning-rate schedules of Composer.", {}, _composer_schedulers)
+
+ALL = (algorithms, models, datasets, evaluations, callbacks, loggers, optimizers, schedulers)

@@ -1,0 +1,108 @@
+"""``runs/<run_name>/``: what every later tool reads.
+
+    config.yaml       the resolved configuration
+    metrics.jsonl     a line a step, Composer's metric names, with the stage
+    summary.json      scores by kind of question (trained, blind, blank, majority), seeds, versions, wall time
+    samples.png       held-out pictures with question, gold and predicted answer
+    skipped.jsonl     samples that could not be used, with the reason
+    checkpoints/<stage>/      Composer checkpoints, for resumption
+    stages/<stage>/model/     the stage's model as a Hugging Face folder
+    model/                    the last stage's, for use
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..models.errors import UserError
+from .config import Loaded, to_yaml
+from .stages import Stage
+
+
+class RunFolder:
+    """Paths of a run.
+
+    Args:
+        root: folder of all runs (``run_root``).
+        name: ``run_name``.
+    """
+
+    def __init__(self, root: str | Path, name: str):
+        if not name or "/" in name or name in (".", ".."):
+            raise UserError(f"run_name '{name}': use a plain name, it becomes a folder")
+        self.root = Path(root)
+        self.path = self.root / name
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.samples = self.path / "samples.png"
+        self.skipped = self.path / "skipped.jsonl"
+        self.model = self.path / "model"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage."""
+        return self.path / "stages" / name
+
+    def checkpoints(self, stage: str) -> Path:
+        """Folder of a stage's checkpoints."""
+        return self.path / "checkpoints" / stage
+
+    def open(self, loaded: Loaded, stages: list[Stage]) -> None:
+        """Make the folder, or go on in it.
+
+        Raises:
+            UserError: it holds another run: other stages under the same name.
+        """
+        identity = self.path / "stages.json"
+        now = {s.name: s.identity for s in stages}
+        if identity.is_file():
+            before = json.loads(identity.read_text())
+            if before != now:
+                changed = [n for n in now if before.get(n) != now[n]] or [n for n in before if n not in now]
+                raise UserError(
+                    f"{self.path}: holds a run with other settings or data (stage {changed[0]}); choose another "
+                    f"run_name, or remove the folder. To start from its weights: init_from={self.path}"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, to_yaml(loaded.run))
+        write_atomically(identity, json.dumps(now, indent=1) + "\n")
+
+    def finished(self, stage: Stage) -> Path | None:
+        """Model folder of a stage that is done, else None."""
+        marker = self.stage(stage.name) / "done.json"
+        if not marker.is_file():
+            return None
+        body = json.loads(marker.read_text())
+        model = self.path / body["model"]
+        return model if body["identity"] == stage.identity and (model / "config.json").is_file() else None
+
+    def shared(self, stage: Stage) -> Path | None:
+        """Model of a finished stage with the same identity in any other run of this root, else None."""
+        for marker in sorted(self.root.glob(f"*/stages/{stage.name}/done.json")):
+            if marker.is_relative_to(self.path):
+                continue
+            try:
+                body = json.loads(marker.read_text())
+            except ValueError:
+                continue
+            model = marker.parents[2] / body["model"]
+            if body["identity"] == stage.identity and (model / "config.json").is_file():
+                return model
+        return None
+
+    def mark_finished(self, stage: Stage, model: Path, **facts: Any) -> None:
+        """Say that a stage is done."""
+        relative = os.path.relpath(model, self.path)
+        body = {"identity": stage.identity, "model": relative, **facts}
+        self.stage(stage.name).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.stage(stage.name) / "done.json", json.dumps(body, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,313 @@
+"""One stage: model, data, methods and Trainer put together, trained, exported."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec, Evaluator
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from rich.console import Console
+
+from ..algorithms.base import VisionAlgorithm
+from ..data.batch import vlm_data_spec
+from ..data.collate import VLMCollator
+from ..data.loader import build_encoder, build_loader
+from ..data.streaming import StreamingVLMDataset
+from ..models.errors import UserError, nearest
+from ..models.export import export_model, load_model
+from ..models.parts import parameter_groups, set_trainable
+from ..models.vlm import VisionLanguageModel
+from .builders import algorithms_of_stage, build_optimizer, build_scheduler, construct, mapped, named
+from .config import Loaded, to_plain
+from .guards import EveryParameterTrained, RestoreRandomState, SkippedSamples
+from .metrics_file import MetricsFile
+from .preflight import check_batches, check_features, print_report
+from .progress import ProgressBar
+from .registry import callbacks as callback_registry
+from .registry import loggers as logger_registry
+from .registry import models as model_registry
+from .run_folder import RunFolder
+from .schema import DatasetConfig, LoaderConfig
+from .stages import Stage, find_start
+
+MODEL_FOLDER = "model"
+
+
+@dataclass
+class Finished:
+    """A trained stage."""
+
+    model: VisionLanguageModel
+    folder: Path
+    steps: int
+    seconds: float
+
+
+def build_model(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], meta: bool = False) -> VisionLanguageModel:
+    """The stage's model: from ``model:``, or from the stage or folder that it starts from; parts frozen as said."""
+    if stage.start is None:
+        given = {"meta": meta} if loaded.run.model.get("name") == "hf_vlm" else {}
+        model = named(model_registry, loaded.run.model, loaded.where, "model", **given)
+    else:
+        source = find_start(stage.start, folder.root, folder.path, names)
+        model = load_model(
+            source,
+            bidirectional_images=loaded.run.model.get("bidirectional_images"),
+            attn_implementation=loaded.run.model.get("attn_implementation"),
+            weights=not meta,
+        )
+        if stage.start.heads != "keep":
+            model.saved_heads = {}
+    set_trainable(model, stage.config.trainable)
+    if stage.config.activation_checkpointing:
+        # Reentrant checkpointing fires layer hooks twice and would replace taps during backward.
+        decoder = model.anatomy.decoder(model.hf)
+        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def device_batch_size(stage: Stage, loaded: Loaded) -> int:
+    """Samples a rank and step: the global batch dealt to all ranks."""
+    world, size = dist.get_world_size(), stage.config.global_train_batch_size
+    if size % world:
+        raise UserError(
+            f"{stage.where(loaded, 'global_train_batch_size')}: {size} cannot be dealt to {world} ranks; use a multiple"
+        )
+    return size // world
+
+
+def build_dataset(config: DatasetConfig, batch_size: int, seed: int) -> StreamingVLMDataset:
+    """The dataset of a loader."""
+    options = {k: v for k, v in to_plain(config).items() if v is not None}
+    streams, remote = options.pop("streams", None), options.pop("remote", None)
+    local, split = options.pop("local", None), options.pop("split", None)
+    for name in ("download_retry", "download_timeout"):
+        options[name] = getattr(config, name)
+    options.setdefault("shuffle_seed", seed)
+    if remote and split:
+        streams, remote = {"default": {"remote": remote, "local": local, "split": split}}, None
+    if streams and "shuffle_seed" in options and config.shuffle_seed is None:
+        options["shuffle_seed"] = seed
+    return StreamingVLMDataset(streams=streams, remote=remote, local=local, batch_size=batch_size, **options)
+
+
+def build_collator(model: VisionLanguageModel, stage: Stage, loader: LoaderConfig, **options: Any) -> VLMCollator:
+    """Encoder and collator of a loader."""
+    encoder = build_encoder(
+        model.processor,
+        model.hf.config,
+        template=stage.config.chat_template,
+        system_prompt=stage.config.system_prompt,
+        max_seq_len=stage.config.max_seq_len,
+        turns=loader.turns,
+    )
+    return VLMCollator(
+        encoder,
+        packing=loader.packing,
+        padding_side=loader.padding_side,
+        pad_to_multiple_of=loader.pad_to_multiple_of,
+        **options,
+    )
+
+
+def build_train_spec(
+    loaded: Loaded, stage: Stage, model: VisionLanguageModel, folder: RunFolder
+) -> tuple[DataSpec, StreamingVLMDataset, VLMCollator]:
+    """The training data as Composer takes it."""
+    loader = stage.config.train_loader
+    batch = device_batch_size(stage, loaded)
+    try:
+        dataset = build_dataset(loader.dataset, batch, loaded.run.seed)
+    except UserError as error:
+        raise UserError(f"{stage.where(loaded, 'train_loader', 'dataset')}: {error}") from error
+    collator = build_collator(model, stage, loader, skipped_log=folder.skipped)
+    data = build_loader(
+        collator,
+        dataset,
+        batch,
+        num_workers=loader.num_workers,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        drop_last=loader.drop_last,
+    )
+    return vlm_data_spec(data), dataset, collator
+
+
+def build_evaluators(loaded: Loaded, stage: Stage, model: VisionLanguageModel) -> list[Evaluator]:
+    """``eval_loaders`` as Composer evaluators."""
+    evaluators = []
+    for config in stage.config.eval_loaders:
+        dataset = build_dataset(config.dataset, config.batch_size, loaded.run.seed)
+        data = build_loader(
+            build_collator(model, stage, config), dataset, config.batch_size,
+            num_workers=config.num_workers, prefetch_factor=config.prefetch_factor,
+            persistent_workers=False, timeout=config.timeout, drop_last=config.drop_last,
+        )  # fmt: skip
+        batches = -1 if config.limit is None else max(1, config.limit // config.batch_size // dist.get_world_size())
+        evaluators.append(
+            Evaluator(
+                label=config.label,
+                dataloader=vlm_data_spec(data, training=False),
+                metric_names=["nll", "exact_match"],
+                eval_interval=stage.config.eval_interval,
+                subset_num_batches=batches,
+                device_eval_microbatch_size=config.batch_size,
+            )
+        )
+    return evaluators
+
+
+def parallelism(loaded: Loaded) -> ParallelismConfig | None:
+    """``parallelism_config`` as Composer's object.
+
+    Composer ignores keys that it does not know, ``fsdp2`` among them, and trains under DDP without a word; so
+    the key is ours and the object is made here.
+    """
+    given = loaded.run.parallelism_config
+    if not given:
+        return None
+    for key in given:
+        if key != "fsdp2":
+            raise UserError(f"{loaded.where('parallelism_config', key)}: unknown key{nearest(key, ['fsdp2'])}")
+    where = lambda key: loaded.where("parallelism_config", "fsdp2", *([key] if key else []))  # noqa: E731
+    return ParallelismConfig(fsdp=construct(FSDP2Config, dict(given["fsdp2"] or {}), where))
+
+
+def assert_sharded(trainer: Trainer) -> None:
+    """FSDP2 is really on: every trainable parameter is a DTensor (else ranks would drift apart in silence)."""
+    plain = [n for n, p in trainer.state.model.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    if not trainer.state.fsdp_enabled or plain:
+        raise RuntimeError(f"FSDP2 was asked for, but {len(plain)} parameters are not sharded, such as {plain[:1]}")
+
+
+def train_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console) -> Finished:
+    """Train one stage to its end, resuming where a checkpoint says so, and write its model."""
+    run, config = loaded.run, stage.config
+    started = time.time()
+    model = build_model(loaded, stage, folder, names)
+    precision = run.precision
+    if precision == "amp_bf16" and (run.device == "cpu" or (run.device is None and not torch.cuda.is_available())):
+        model.net.autocast_dtype, precision = torch.bfloat16, "fp32"  # Composer refuses amp_bf16 on a CPU
+    spec, dataset, collator = build_train_spec(loaded, stage, model, folder)
+    stage_folder = folder.stage(stage.name)
+    algorithms = algorithms_of_stage(loaded, stage.name, l2t={"report": str(stage_folder / "l2t_templates.json")})
+    preflight(loaded, stage, model, dataset, collator, algorithms, console)
+    optimizer_where = lambda *key: stage.where(loaded, *key)  # noqa: E731
+    decay = float(config.optimizer.get("weight_decay", 0.0))
+    lr = float(config.optimizer.get("lr", 2.0e-5))
+    optimizer = build_optimizer(config, parameter_groups(model, lr, config.lr_by_part, decay), optimizer_where)
+    batch = device_batch_size(stage, loaded)
+    restore = RestoreRandomState()
+    checkpoints = f"{run.save_folder.rstrip('/')}/{stage.name}" if run.save_folder else str(folder.checkpoints(stage.name))
+    parallel = parallelism(loaded)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=spec,
+        eval_dataloader=build_evaluators(loaded, stage, model) or None,
+        max_duration=config.max_duration,
+        optimizers=optimizer,
+        schedulers=build_scheduler(config, optimizer_where),
+        algorithms=list(algorithms.values()),
+        callbacks=[
+            SkippedSamples(run.preflight.max_skipped, str(folder.skipped)),
+            EveryParameterTrained(),
+            restore,
+            *mapped(callback_registry, run.callbacks, loaded.where, "callbacks"),
+        ],
+        loggers=[
+            MetricsFile(folder.metrics, stage.name),
+            *([ProgressBar(stage.name)] if run.progress_bar else []),
+            *mapped(logger_registry, run.loggers, loaded.where, "loggers"),
+        ],
+        run_name=f"{run.run_name}-{stage.name}",
+        save_folder=checkpoints,
+        save_interval=run.save_interval,
+        save_num_checkpoints_to_keep=run.save_num_checkpoints_to_keep,
+        save_overwrite=True,
+        autoresume=run.autoresume,
+        load_path=run.load_path,
+        device=run.device,
+        precision=precision,
+        device_train_microbatch_size=min(config.device_train_microbatch_size or batch, batch),
+        accumulate_train_batch_on_tokens=config.accumulate_train_batch_on_tokens,
+        parallelism_config=parallel,
+        dist_timeout=run.dist_timeout,
+        progress_bar=False,
+        python_log_level=run.python_log_level,
+        seed=run.seed,
+    )
+    try:
+        if parallel is not None:
+            assert_sharded(trainer)
+        if int(trainer.state.timestamp.batch_in_epoch) and "train" in trainer.state.dataset_resumption:
+            restore.saved, trainer._rng_state = trainer._rng_state, None
+        if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
+            trainer.fit()
+        steps = int(trainer.state.timestamp.batch)
+        export_model(
+            model, stage_folder / MODEL_FOLDER, chat_template=collator.encoder.template.jinja, heads=True
+        )
+    finally:
+        trainer.close()
+    if dist.get_global_rank() == 0:
+        folder.mark_finished(stage, stage_folder / MODEL_FOLDER, steps=steps, seconds=round(time.time() - started, 1))
+    dist.barrier()
+    finished = Finished(model, stage_folder / MODEL_FOLDER, steps, time.time() - started)
+    del trainer, spec, dataset
+    gc.collect()
+    return finished
+
+
+def preflight(
+    loaded: Loaded,
+    stage: Stage,
+    model: VisionLanguageModel,
+    dataset: StreamingVLMDataset,
+    collator: VLMCollator,
+    algorithms: dict[str, Any],
+    console: Console,
+) -> None:
+    """Look at a few batches before the first step."""
+    config = loaded.run.preflight
+    report = None
+    if config.batches:
+        count = config.batches * min(device_batch_size(stage, loaded), 32)
+        samples = first_samples(dataset, count)
+        needs = {n: "images" for n, a in algorithms.items() if isinstance(a, VisionAlgorithm) and "images" in a.needs}
+        for name, algorithm in algorithms.items():
+            if isinstance(algorithm, VisionAlgorithm) and algorithm.is_off():
+                needs.pop(name, None)
+        report = check_batches(collator, samples, config, stage.name, needs)
+        check_features(model, collator, samples, stage.name)
+    if dist.get_global_rank() == 0:
+        print_report(console, stage.name, model, report)
+
+
+def first_samples(dataset: StreamingVLMDataset, count: int) -> list[dict[str, Any]]:
+    """About ``count`` samples from the beginnings of all streams (so that few shards are downloaded)."""
+    each = max(1, count // dataset.num_streams)
+    picked = []
+    for first, size in zip(dataset.sample_offset_per_stream, dataset.samples_per_stream, strict=True):
+        picked += [dataset[int(first) + i] for i in range(min(each, int(size)))]
+    return picked
+
+
+def copy_model(source: Path, to: Path) -> None:
+    """Copy a model folder for use: without the methods' heads."""
+    from ..models.export import HEADS
+
+    partial = to.with_name(to.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(HEADS))
+    shutil.rmtree(to, ignore_errors=True)
+    partial.rename(to)
