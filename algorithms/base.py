@@ -133,7 +133,9 @@ def unwrap(model: Any) -> VisionLanguageModel:
     """
     inner = getattr(model, "module", model)
     if not isinstance(inner, VisionLanguageModel):
-        raise UserError(f"Opsin's methods act on opsin.models.vlm.VisionLanguageModel, not {type(inner).__name__}")
+        raise UserError(
+            f"Opsin's methods act on opsin.models.vlm.VisionLanguageModel, not {type(inner).__name__}"
+        )
     return inner
 
 

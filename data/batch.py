@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def effective_weights(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
 
 def split_batch(
     batch: dict[str, torch.Tensor],
-    microbatch_size: int | None,
+    microbatch_size: int | float | None,
     *,
     device_batch_size: int | None = None,
     training: bool = True,
@@ -128,7 +129,7 @@ def split_batch(
     first_pixel = torch.cat([torch.zeros(1, dtype=torch.int64), batch["pixel_rows"].cumsum(0)])
     per_row = [*_PER_TOKEN, *_PER_ROW, *_added(batch)]
     micro = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in pairwise(starts):
         row = slice(start, end)
         part: dict[str, Any] = {key: batch[key][row] for key in per_row}
         part["position_ids"] = batch["position_ids"][..., row, :]
@@ -183,7 +184,7 @@ def _trim(part: dict[str, Any]) -> None:
 def _index(part: dict[str, Any]) -> dict[str, Any]:
     """Replace dense labels by an index of labelled tokens, and list the patches."""
     labels, weights, source = part.pop("labels"), part.pop("weights"), part.pop("source")
-    count, length = labels.shape
+    length = labels.shape[1]
     row, column = (weights > 0).nonzero(as_tuple=True)
     if len(row) == 0:
         # One row of weight 0, so that the LM head runs and gets a (zero) gradient in every micro-batch.
@@ -207,7 +208,9 @@ def _index(part: dict[str, Any]) -> dict[str, Any]:
         _, ordinal = torch.unique_consecutive(key[response], return_inverse=True)
         part["label_answer"] = torch.full_like(row, -1).masked_scatter(response, ordinal)
         part["answers"] = int(ordinal.max()) + 1 if len(ordinal) else 0
-    patches = patch_index(part["view_row"], part["view_start"], part["view_stride"], part["view_grid"], length)
+    patches = patch_index(
+        part["view_row"], part["view_start"], part["view_stride"], part["view_grid"], length
+    )
     part["patch_position"], part["patch_view"] = patches.position, patches.view
     part["patch_row"], part["patch_column"] = patches.row, patches.column
     return part

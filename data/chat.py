@@ -84,7 +84,9 @@ def exchanges(conversation: Sequence[dict[str, str]]) -> tuple[str | None, list[
     pairs = []
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
         if human.get("from") != "human" or gpt.get("from") != "gpt":
-            raise BadConversation(f"turns should alternate human, gpt; found {human.get('from')}, {gpt.get('from')}")
+            raise BadConversation(
+                f"turns should alternate human, gpt; found {human.get('from')}, {gpt.get('from')}"
+            )
         if not isinstance(human.get("value"), str) or not isinstance(gpt.get("value"), str):
             raise BadConversation("a turn has no text in 'value'")
         pairs.append((human["value"], gpt["value"]))
@@ -154,7 +156,12 @@ def render(
         segments += user_segments(user, turn, placeholder, template)
         _add(segments, template.user[1], Role.MARKER, turn)
         opened = open_response and turn == first_turn + len(pairs) - 1
-        _add(segments, template.assistant_prefix.rstrip(" ") if opened else template.assistant_prefix, Role.MARKER, turn)
+        _add(
+            segments,
+            template.assistant_prefix.rstrip(" ") if opened else template.assistant_prefix,
+            Role.MARKER,
+            turn,
+        )
         if not opened:
             _add(segments, assistant, Role.RESPONSE, turn)
             _add(segments, template.assistant_end, Role.RESPONSE, turn)
@@ -188,16 +195,34 @@ def _jinja(template: ChatTemplate) -> str:
                 + "' }}{%- endif -%}"
             )
         out += (
-            "{%- if message['role'] == 'system' -%}{{ '" + text(template.system[0]) + "' }}" + answer
-            + "{{ '" + text(template.system[1]) + "' }}{%- endif -%}"
+            "{%- if message['role'] == 'system' -%}{{ '"
+            + text(template.system[0])
+            + "' }}"
+            + answer
+            + "{{ '"
+            + text(template.system[1])
+            + "' }}{%- endif -%}"
         )
     out += (
-        "{%- if message['role'] == 'user' -%}{{ '" + text(template.user[0]) + "' }}" + images + said
-        + "{{ '" + text(template.user[1]) + "' }}{%- endif -%}"
-        "{%- if message['role'] == 'assistant' -%}{{ '" + text(template.assistant_prefix) + "' }}" + answer
-        + "{{ '" + text(template.assistant_end + template.assistant_suffix) + "' }}{%- endif -%}"
+        "{%- if message['role'] == 'user' -%}{{ '"
+        + text(template.user[0])
+        + "' }}"
+        + images
+        + said
+        + "{{ '"
+        + text(template.user[1])
+        + "' }}{%- endif -%}"
+        "{%- if message['role'] == 'assistant' -%}{{ '"
+        + text(template.assistant_prefix)
+        + "' }}"
+        + answer
+        + "{{ '"
+        + text(template.assistant_end + template.assistant_suffix)
+        + "' }}{%- endif -%}"
         "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '" + text(template.assistant_prefix.rstrip(" ")) + "' }}{%- endif -%}"
+        "{%- if add_generation_prompt -%}{{ '"
+        + text(template.assistant_prefix.rstrip(" "))
+        + "' }}{%- endif -%}"
     )
     return out
 

@@ -80,7 +80,9 @@ class VLMCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.skipped_log = None if skipped_log is None else str(skipped_log)
         tokenizer = encoder.tokenizer
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         if self.pad_token_id is None:
             raise UserError("the tokenizer has neither a pad token nor an end-of-sequence token")
 

@@ -90,7 +90,19 @@ class _Piece:
     starts: list[int] = field(default_factory=list)
 
     def cut(self, part: slice) -> _Piece:
-        return _Piece(*(a[part] for a in (self.ids, self.roles, self.turns, self.images, self.sentences)))
+        return _Piece(
+            self.ids[part], self.roles[part], self.turns[part], self.images[part], self.sentences[part]
+        )
+
+
+def _joined(pieces: Sequence[_Piece]) -> _Piece:
+    return _Piece(
+        np.concatenate([p.ids for p in pieces]),
+        np.concatenate([p.roles for p in pieces]),
+        np.concatenate([p.turns for p in pieces]),
+        np.concatenate([p.images for p in pieces]),
+        np.concatenate([p.sentences for p in pieces]),
+    )
 
 
 class ConversationEncoder:
@@ -147,7 +159,9 @@ class ConversationEncoder:
                 raise Rejected(Status.EMPTY_ANSWER, f"exchange {turn} has no answer")
         pictures = self._pictures(sample, pairs)
         meta = sample.get("meta") or {}
-        independent = self.turns == "independent" or (self.turns == "meta" and meta.get("turns") == "independent")
+        independent = self.turns == "independent" or (
+            self.turns == "meta" and meta.get("turns") == "independent"
+        )
         uid = sample.get("uid") or stable_hash(sample["id"])
         if independent and len(pairs) > 1:
             marks = [user.count(IMAGE_MARK) for user, _ in pairs]
@@ -166,7 +180,9 @@ class ConversationEncoder:
         segments = render(system, pairs, self.template, self.images.placeholder, open_response=True)
         piece = self._tokenise(segments, shown)
         if len(piece.ids) > self.max_seq_len:
-            raise Rejected(Status.TOO_LONG, f"the prompt has {len(piece.ids)} tokens, more than {self.max_seq_len}")
+            raise Rejected(
+                Status.TOO_LONG, f"the prompt has {len(piece.ids)} tokens, more than {self.max_seq_len}"
+            )
         branches = np.zeros(len(piece.ids), dtype=np.int16)
         return self._document(piece, branches, self.images.positions(piece.images, shown), shown, 1, 0, 0)
 
@@ -177,9 +193,13 @@ class ConversationEncoder:
             encoded = unpack_images(sample["images"])
         except ValueError as error:
             raise Rejected(Status.UNREADABLE_IMAGE, str(error)) from error
-        total = sum(t.get("value", "").count(IMAGE_MARK) for t in sample["conversations"] if t.get("from") == "human")
+        total = sum(
+            t.get("value", "").count(IMAGE_MARK) for t in sample["conversations"] if t.get("from") == "human"
+        )
         if total != len(encoded) or any(IMAGE_MARK in answer for _, answer in pairs):
-            raise Rejected(Status.IMAGE_COUNT, f"{total} image marks in the questions, {len(encoded)} pictures")
+            raise Rejected(
+                Status.IMAGE_COUNT, f"{total} image marks in the questions, {len(encoded)} pictures"
+            )
         images = []
         for i, data in enumerate(encoded[:marks]):
             try:
@@ -190,12 +210,19 @@ class ConversationEncoder:
         return images
 
     def _chained(
-        self, system: str | None, pairs: list[tuple[str, str]], images: list[EncodedImage], uid: int, visit: int
+        self,
+        system: str | None,
+        pairs: list[tuple[str, str]],
+        images: list[EncodedImage],
+        uid: int,
+        visit: int,
     ) -> Document:
         kept = len(pairs)
         while kept:
             shown = images[: sum(user.count(IMAGE_MARK) for user, _ in pairs[:kept])]
-            piece = self._tokenise(render(system, pairs[:kept], self.template, self.images.placeholder), shown)
+            piece = self._tokenise(
+                render(system, pairs[:kept], self.template, self.images.placeholder), shown
+            )
             if len(piece.ids) <= self.max_seq_len:
                 return self._document(
                     piece,
@@ -212,14 +239,21 @@ class ConversationEncoder:
         raise Rejected(Status.TOO_LONG, f"the first exchange alone has more than {self.max_seq_len} tokens")
 
     def _independent(
-        self, system: str | None, pairs: list[tuple[str, str]], images: list[EncodedImage], uid: int, visit: int
+        self,
+        system: str | None,
+        pairs: list[tuple[str, str]],
+        images: list[EncodedImage],
+        uid: int,
+        visit: int,
     ) -> Document:
         """Questions that share the picture: one trunk, one branch a question, each as if it stood alone."""
         marks = f"{IMAGE_MARK}\n" * pairs[0][0].count(IMAGE_MARK)
         pieces = []
         for turn, (user, answer) in enumerate(pairs):
             question = user if turn == 0 else marks + user
-            segments = render(system, [(question, answer)], self.template, self.images.placeholder, first_turn=turn)
+            segments = render(
+                system, [(question, answer)], self.template, self.images.placeholder, first_turn=turn
+            )
             pieces.append(self._tokenise(segments, images))
         trunk = _common_trunk(pieces)
         shared = pieces[0].cut(slice(0, trunk))
@@ -232,14 +266,11 @@ class ConversationEncoder:
             branches.append(branch)
             length += len(branch.ids)
         if not branches:
-            raise Rejected(Status.TOO_LONG, f"the first exchange alone has more than {self.max_seq_len} tokens")
-        joined = _Piece(
-            *(
-                np.concatenate([getattr(shared, name), *(getattr(b, name) for b in branches)])
-                for name in ("ids", "roles", "turns", "images", "sentences")
-            ),
-            starts=pieces[0].starts,
-        )
+            raise Rejected(
+                Status.TOO_LONG, f"the first exchange alone has more than {self.max_seq_len} tokens"
+            )
+        joined = _joined([shared, *branches])
+        joined.starts = pieces[0].starts
         lengths = [len(b.ids) for b in branches]
         branch_ids = np.repeat(np.arange(len(branches) + 1), [trunk, *lengths]).astype(np.int16)
         positions = self.images.positions(shared.images, images)
@@ -279,7 +310,9 @@ class ConversationEncoder:
         text = "".join(s.text for s in segments)
         lengths = [len(s.text) for s in segments]
         # Role and turn of every character; the extra one at the end serves empty spans.
-        role_of = np.repeat(np.array([*(int(s.role) for s in segments), int(Role.MARKER)], np.int8), [*lengths, 1])
+        role_of = np.repeat(
+            np.array([*(int(s.role) for s in segments), int(Role.MARKER)], np.int8), [*lengths, 1]
+        )
         turn_of = np.repeat(np.array([*(s.turn for s in segments), -1], np.int16), [*lengths, 1])
         sentence_of = np.zeros(len(text) + 1, np.int64)
         start = 0
@@ -299,7 +332,9 @@ class ConversationEncoder:
         sentences = np.where(inside & (sentence_of[first] == sentence_of[last]), sentence_of[first], 0)
         is_image = ids == self.images.image_token_id
         # Wrapper tokens around a picture (vision start, vision end) are template text.
-        roles = np.where(roles == Role.IMAGE, np.where(is_image, roles, np.int8(Role.MARKER)), roles).astype(np.int8)
+        roles = np.where(roles == Role.IMAGE, np.where(is_image, roles, np.int8(Role.MARKER)), roles).astype(
+            np.int8
+        )
         if int(is_image.sum()) != len(images):
             raise Rejected(Status.IMAGE_COUNT, "the text itself contains the model's image token")
         return _expand(_Piece(ids, roles, turns, np.where(is_image, 0, -1), sentences), images)
@@ -322,9 +357,14 @@ def _expand(piece: _Piece, images: Sequence[EncodedImage]) -> _Piece:
     counts = np.ones(len(piece.ids), np.int64)
     where = np.flatnonzero(piece.images == 0)
     counts[where] = [len(i.token_ids) for i in images]
-    out = _Piece(*(np.repeat(a, counts) for a in (piece.ids, piece.roles, piece.turns, piece.images, piece.sentences)))
+    out = _Piece(
+        np.repeat(piece.ids, counts),
+        np.repeat(piece.roles, counts),
+        np.repeat(piece.turns, counts),
+        np.repeat(piece.images, counts).astype(np.int16),
+        np.repeat(piece.sentences, counts),
+    )
     starts = (np.cumsum(counts) - counts)[where]
-    out.images = out.images.astype(np.int16)
     for ordinal, (start, image) in enumerate(zip(starts, images, strict=True)):
         span = slice(start, start + len(image.token_ids))
         out.ids[span] = image.token_ids

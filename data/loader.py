@@ -67,7 +67,11 @@ def build_loader(
         )
     workers: dict[str, Any] = {}
     if num_workers:
-        workers = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers, "timeout": timeout}
+        workers = {
+            "prefetch_factor": prefetch_factor,
+            "persistent_workers": persistent_workers,
+            "timeout": timeout,
+        }
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -34,10 +34,8 @@ def prompts_of(encoder: ConversationEncoder, sample: dict[str, Any], index: int 
     marks = f"{IMAGE_MARK}\n" * pairs[0][0].count(IMAGE_MARK)
     prompts = []
     for turn, (user, answer) in enumerate(pairs):
-        if independent:
-            asked = [(user if turn == 0 else marks + user, answer)]
-        else:
-            asked = pairs[: turn + 1]
+        alone = [(user if turn == 0 else marks + user, answer)]
+        asked = alone if independent else pairs[: turn + 1]
         prompts.append(Prompt(index, turn, encoder.prompt(system, asked, sample)))
     return prompts
 

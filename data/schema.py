@@ -89,5 +89,7 @@ def stable_hash(*parts: object) -> int:
 
     Used for ``document_uid`` and ``sentence_ids``; 0 is kept free for "none".
     """
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8
+    ).digest()
     return (int.from_bytes(digest, "little") & (2**63 - 1)) or 1

@@ -10,6 +10,7 @@ normalisation are not given there and are Opsin's own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -147,9 +148,16 @@ class SentenceCounts:
             if body["format"] != "opsin.sentences/1":
                 raise ValueError(body["format"])
             templates = tuple(body["templates"])
-            return cls(int(body["turns"]), int(body["words"]), Counter(body["counts"]), body["dataset"], templates)
+            return cls(
+                int(body["turns"]), int(body["words"]), Counter(body["counts"]), body["dataset"], templates
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a sentence-count file of Opsin ({error})") from error
+
+
+def dataset_hash(index: bytes) -> str:
+    """Name of a dataset's content: the SHA-1 of its ``index.json`` (which holds a hash of every shard)."""
+    return hashlib.sha1(index).hexdigest()
 
 
 def _join_names(*names: str) -> str:

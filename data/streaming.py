@@ -79,11 +79,9 @@ class StreamingVLMDataset(StreamingDataset):
     ):
         if bool(streams) == bool(remote):
             raise UserError("dataset: give either remote or streams")
-        named = {"default": {"remote": remote, "local": local}} if remote else {n: dict(s) for n, s in streams.items()}  # type: ignore[union-attr]
+        named: dict[str, Mapping[str, Any]] = dict(streams or {"default": {"remote": remote, "local": local}})
         self.stream_names = list(named)
-        made = []
-        for name, options in named.items():
-            made.append(_stream(name, options, validate_hash))
+        made = [_stream(name, options, validate_hash) for name, options in named.items()]
         try:
             super().__init__(streams=made, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
@@ -180,7 +178,17 @@ class StreamingVLMDataset(StreamingDataset):
 
 def _stream(name: str, options: Mapping[str, Any], validate_hash: str | None) -> SafeStream:
     options = {k: v for k, v in options.items() if v is not None}
-    known = ("remote", "local", "split", "proportion", "repeat", "choose", "download_retry", "download_timeout", "keep_zip")
+    known = (
+        "remote",
+        "local",
+        "split",
+        "proportion",
+        "repeat",
+        "choose",
+        "download_retry",
+        "download_timeout",
+        "keep_zip",
+    )
     for key in options:
         if key not in known:
             raise UserError(f"dataset.streams.{name}.{key}: unknown key{nearest(key, known)}")
@@ -190,10 +198,14 @@ def _stream(name: str, options: Mapping[str, Any], validate_hash: str | None) ->
     if "://" not in remote:
         index = Path(remote) / options.get("split", "") / "index.json"
         if not index.is_file():
-            raise UserError(f"dataset: no MDS dataset at '{remote}' (no {index.name}); make one with `opsin data ...`")
+            raise UserError(
+                f"dataset: no MDS dataset at '{remote}' (no {index.name}); make one with `opsin data ...`"
+            )
         options["local"] = options.pop("remote")
     elif "local" not in options:
-        options["local"] = str(cache_folder() / "streams" / f"{stable_hash(remote, options.get('split', '')):016x}")
+        options["local"] = str(
+            cache_folder() / "streams" / f"{stable_hash(remote, options.get('split', '')):016x}"
+        )
     algorithm = _hash_of(options, validate_hash)
     return SafeStream(validate_hash=algorithm, **options)
 
@@ -220,7 +232,9 @@ def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
     Raises:
         UserError: it cannot be had.
     """
-    address = "/".join(part.strip("/") if i else part.rstrip("/") for i, part in enumerate((remote, split, name)) if part)
+    address = "/".join(
+        part.strip("/") if i else part.rstrip("/") for i, part in enumerate((remote, split, name)) if part
+    )
     partial = to.with_name(to.name + f".{os.getpid()}.part")
     try:
         CloudDownloader.direct_download(address, str(partial))

@@ -25,7 +25,12 @@ class VLMAdapter:
     """
 
     def __init__(
-        self, model: VisionLanguageModel, collator: VLMCollator, *, max_new_tokens: int = 32, batch_size: int = 16
+        self,
+        model: VisionLanguageModel,
+        collator: VLMCollator,
+        *,
+        max_new_tokens: int = 32,
+        batch_size: int = 16,
     ):
         self.model = model
         self.collator = collator
@@ -54,7 +59,9 @@ class VLMAdapter:
         batch = prompt_batch(self.collator, prompts)
         device = next(model.parameters()).device
         arguments: dict[str, Any] = {
-            k: batch[k].to(device) for k in ("input_ids", "attention_mask", PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch
+            k: batch[k].to(device)
+            for k in ("input_ids", "attention_mask", PIXEL_KEY, *PER_IMAGE_KEYS)
+            if k in batch
         }
         if model.anatomy.token_types:
             arguments["mm_token_type_ids"] = (batch["image_ids"] >= 0).int().to(device)

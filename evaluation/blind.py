@@ -26,7 +26,9 @@ def with_other_pictures(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 def with_blank_pictures(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each sample with mid-grey pictures of the same size."""
-    return [{**s, "images": pack_images([_grey(data) for data in unpack_images(s["images"])])} for s in samples]
+    return [
+        {**s, "images": pack_images([_grey(data) for data in unpack_images(s["images"])])} for s in samples
+    ]
 
 
 def _grey(data: bytes) -> bytes:

@@ -35,7 +35,11 @@ class Scored:
 
 
 def score(
-    model: VisionLanguageModel, collator: VLMCollator, samples: Sequence[dict[str, Any]], *, batch_size: int = 16
+    model: VisionLanguageModel,
+    collator: VLMCollator,
+    samples: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 16,
 ) -> list[Scored]:
     """Score every question of ``samples`` (stored form), in order; samples that cannot be used are left out.
 

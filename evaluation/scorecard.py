@@ -65,7 +65,10 @@ def scorecard(
 
 
 def _kinds(sample: dict[str, Any]) -> list[str]:
-    return [str(k) for k in (sample.get("meta") or {}).get("kinds") or ["all"] * (len(sample["conversations"]) // 2)]
+    return [
+        str(k)
+        for k in (sample.get("meta") or {}).get("kinds") or ["all"] * (len(sample["conversations"]) // 2)
+    ]
 
 
 def as_table(card: dict[str, dict[str, Any]], title: str) -> Table:

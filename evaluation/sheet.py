@@ -17,7 +17,9 @@ CELL, TEXT, MARGIN = 224, 86, 12
 """Pixels: side of a picture, height of the text below it, space around."""
 
 
-def sample_sheet(samples: Sequence[dict[str, Any]], predicted: Sequence[Sequence[str]], path: str | Path, columns: int = 4) -> Path:
+def sample_sheet(
+    samples: Sequence[dict[str, Any]], predicted: Sequence[Sequence[str]], path: str | Path, columns: int = 4
+) -> Path:
     """Draw the first question of each sample with its picture, gold and predicted answer.
 
     Args:
@@ -41,7 +43,9 @@ def sample_sheet(samples: Sequence[dict[str, Any]], predicted: Sequence[Sequence
                 shown.thumbnail((CELL, CELL))
                 if max(shown.size) < CELL:
                     scale = CELL / max(shown.size)
-                    shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
+                    shown = shown.resize(
+                        (round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS
+                    )
                 sheet.paste(shown, (left, top))
         turn = i % len(answers)
         question, gold, _ = questions(sample)[turn]

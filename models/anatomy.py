@@ -91,7 +91,9 @@ class Anatomy:
         return features if isinstance(features, torch.Tensor) else torch.cat(list(features), dim=0)
 
 
-def register_family(*model_types: str, images: type[ImageEncoder]) -> Callable[[Callable[[Any], Anatomy]], Any]:
+def register_family(
+    *model_types: str, images: type[ImageEncoder]
+) -> Callable[[Callable[[Any], Anatomy]], Any]:
     """Register an anatomy function and its image encoder for Hugging Face model types."""
 
     def register(make: Callable[[Any], Anatomy]) -> Callable[[Any], Anatomy]:

@@ -50,11 +50,8 @@ class Visibility:
 
     def to(self, device: torch.device) -> Visibility:
         """The same on another device."""
-        return Visibility(**{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
-
-
-def _to(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if value is None else value.to(device)
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Visibility(**{name: value.to(device) for name, value in moved.items() if value is not None})
 
 
 def allow(see: Visibility, b: Any, q: Any, k: Any) -> torch.Tensor:

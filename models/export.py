@@ -33,7 +33,9 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         if hasattr(value, "full_tensor"):
             value = value.full_tensor()
         if rank_zero:
-            state[name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")] = value.detach().cpu()
+            state[name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")] = (
+                value.detach().cpu()
+            )
     return state
 
 
@@ -66,7 +68,9 @@ def export_model(
             model.processor.chat_template = chat_template
             model.processor.tokenizer.chat_template = chat_template
         model.processor.save_pretrained(partial)
-    auxiliary = {k.removeprefix("net.auxiliary."): v for k, v in state.items() if k.startswith("net.auxiliary.")}
+    auxiliary = {
+        k.removeprefix("net.auxiliary."): v for k, v in state.items() if k.startswith("net.auxiliary.")
+    }
     if heads and auxiliary:
         save_file({k: v.contiguous() for k, v in auxiliary.items()}, partial / HEADS)
     shutil.rmtree(folder, ignore_errors=True)
@@ -109,20 +113,31 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     try:
         if weights:
-            hf, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name, output_loading_info=True, **options
+            )
+            hf, info = loaded
         else:
-            hf, info = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name), **options), {}
+            hf, info = (
+                AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name), **options),
+                {},
+            )
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a vision-language model from '{name}': {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"cannot load a vision-language model from '{name}': {str(error).splitlines()[0]}"
+        ) from error
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(str(m[0]) for m in info.get("mismatched_keys", ()))
     if missing or mismatched:
         shown = ", ".join([*missing, *mismatched][:5])
-        raise UserError(f"'{name}' lacks {len(missing) + len(mismatched)} tensors of the model, which would stay random: {shown}")
+        raise UserError(
+            f"'{name}' lacks {len(missing) + len(mismatched)} tensors of the model, which would stay random: {shown}"
+        )
     if bidirectional_images is None:
-        bidirectional_images = (getattr(hf.config, "opsin", None) or {}).get("image_attention") == "bidirectional"
-    model = VisionLanguageModel(hf, processor, bidirectional_images=bidirectional_images)
+        noted = getattr(hf.config, "opsin", None) or {}
+        bidirectional_images = noted.get("image_attention") == "bidirectional"
+    model = VisionLanguageModel(hf, processor, bidirectional_images=bool(bidirectional_images))
     heads = Path(name) / HEADS
     if heads.is_file() and weights:
         model.saved_heads = split_heads(load_file(heads))

@@ -112,7 +112,9 @@ def process_picture(processor: Any, picture: Image.Image) -> dict[str, torch.Ten
     return dict(processor.image_processor(images=[picture], return_tensors="pt"))
 
 
-def resize_and_crop_box(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float, int, int]:
+def resize_and_crop_box(
+    image_processor: Any, width: int, height: int
+) -> tuple[float, float, float, float, int, int]:
     """Where the processed pixels of a resize-and-centre-crop processor lie in the original picture.
 
     Returns:

@@ -28,7 +28,11 @@ class PatchIndex:
 
 
 def patch_index(
-    view_row: torch.Tensor, view_start: torch.Tensor, view_stride: torch.Tensor, view_grid: torch.Tensor, length: int
+    view_row: torch.Tensor,
+    view_start: torch.Tensor,
+    view_stride: torch.Tensor,
+    view_grid: torch.Tensor,
+    length: int,
 ) -> PatchIndex:
     """List every patch token of a batch.
 

@@ -30,6 +30,11 @@ def nan_safe_zero(value: torch.Tensor) -> torch.Tensor:
     return torch.where(never, value, torch.zeros((), dtype=value.dtype, device=value.device)).sum()
 
 
+def _implementation(module: Any) -> str:
+    """Attention implementation of a Hugging Face decoder."""
+    return module.config._attn_implementation
+
+
 class VisionLanguageNet(nn.Module):
     """A Hugging Face VLM (``hf``) and heads of methods (``auxiliary``), run for training.
 
@@ -78,22 +83,12 @@ class VisionLanguageNet(nn.Module):
             ``label_rows``; ``correct`` (n,) bool, only in evaluation mode: whether it is the likeliest token;
             ``zero``: scalar 0 that keeps tower and projector in the graph when no row has a picture.
         """
-        hf: Any = self.hf
-        with self.autocast(), self._active(step):
-            pixels = {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
-            zero = self._idle_vision() if not pixels else None
-            out = hf.get_submodule(self.anatomy.body)(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                position_ids=batch["position_ids"],
-                use_cache=False,
-                return_dict=True,
-                **pixels,
-            )
-            hidden = out.last_hidden_state
+        with self.autocast():
+            zero = self._idle_vision() if PIXEL_KEY not in batch else None
+            hidden = self.hidden(batch, step)
             if FINAL in step.taps:
                 step.tapped[FINAL] = hidden
-            logits = self.anatomy.head(hf, hidden.flatten(0, 1)[batch["label_rows"]])
+            logits = self.anatomy.head(self.hf, hidden.flatten(0, 1)[batch["label_rows"]])
         logits = logits.float()
         targets = batch["label_targets"]
         outputs = {"nll": F.cross_entropy(logits, targets, reduction="none")}
@@ -103,6 +98,20 @@ class VisionLanguageNet(nn.Module):
             outputs["zero"] = zero
         outputs.update({f"tap{layer}": value for layer, value in step.tapped.items()})
         return outputs
+
+    def hidden(self, batch: dict[str, Any], step: Step) -> torch.Tensor:
+        """Hidden states after the final norm, (B, L, width): the family's own body, with our seam in it."""
+        pixels = {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
+        with self._active(step):
+            out = self.hf.get_submodule(self.anatomy.body)(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+                return_dict=True,
+                **pixels,
+            )
+        return out.last_hidden_state
 
     def _idle_vision(self) -> torch.Tensor:
         """Tower and projector on a dummy picture, as a zero: all ranks run and differentiate the same modules."""
@@ -117,13 +126,14 @@ class VisionLanguageNet(nn.Module):
         if step is None:
             return self._seam_of_prefill(module, args, kwargs)
         if "inputs_embeds" not in kwargs or kwargs["inputs_embeds"] is None:
-            raise UserError(f"{type(module).__name__} was not called with inputs_embeds=; this family needs its own seam")
+            raise UserError(
+                f"{type(module).__name__} was not called with inputs_embeds=; this family needs its own seam"
+            )
         kwargs = dict(kwargs)
         kwargs["inputs_embeds"] = step.edited(kwargs["inputs_embeds"])
         see = step.sees(self.bidirectional_images)
         if see is not None:
-            implementation = module.config._attn_implementation  # type: ignore[union-attr]
-            kwargs["attention_mask"] = mask_for(see, implementation, kwargs["inputs_embeds"].dtype)
+            kwargs["attention_mask"] = mask_for(see, _implementation(module), kwargs["inputs_embeds"].dtype)
         return args, kwargs
 
     def _seam_of_prefill(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -132,8 +142,9 @@ class VisionLanguageNet(nn.Module):
         if self._prefill is None or (cache is not None and cache.get_seq_length() > 0):
             return None
         kwargs = dict(kwargs)
-        implementation = module.config._attn_implementation  # type: ignore[union-attr]
-        kwargs["attention_mask"] = mask_for(self._prefill, implementation, kwargs["inputs_embeds"].dtype)
+        kwargs["attention_mask"] = mask_for(
+            self._prefill, _implementation(module), kwargs["inputs_embeds"].dtype
+        )
         return args, kwargs
 
     @contextlib.contextmanager

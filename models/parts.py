@@ -92,7 +92,9 @@ def parameter_groups(
             "weight_decay": weight_decay if matrix else 0.0,
             "part": part,
         }
-        for (part, matrix), parameters in sorted(groups.items(), key=lambda kv: (PARTS.index(kv[0][0]), kv[0][1]))
+        for (part, matrix), parameters in sorted(
+            groups.items(), key=lambda kv: (PARTS.index(kv[0][0]), kv[0][1])
+        )
     ]
 
 

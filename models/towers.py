@@ -10,7 +10,6 @@ tower loads with ``LlavaForConditionalGeneration.from_pretrained`` after ``impor
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .errors import UserError, nearest
-
-HEAD = "head"
-"""Name of the network's last map: behind a CNN's head convolution, behind a ViT's final norm."""
+from .errors import UserError
+from .timm_maps import HEAD, build, feature_maps, keep_buffers_off_meta, map_shapes
 
 
 class TokenTowerConfig(PretrainedConfig):
@@ -38,6 +35,9 @@ class TokenTowerConfig(PretrainedConfig):
             negative counts from the end). A ViT's blocks are read without the final norm, as LLaVA does.
         rgb: also give each token the mean of ``pixel_values`` in its cell (three channels, in the units of
             the image processor).
+        standardise: bring every channel to mean 0 and deviation 1 by the statistics that
+            :meth:`TokenTower.set_statistics` stored. Raw maps share a large mean, beside which what differs
+            between pictures is small: a projector without a norm of its own learns several times slower.
         patch_size: side of a token's cell in pixels; default: that of the first stage. Finer maps are
             averaged within a cell, coarser ones repeated.
         hidden_size: channels of a token. Derived; a stored value that differs from the network's is refused.
@@ -54,13 +54,14 @@ class TokenTowerConfig(PretrainedConfig):
         image_size: int = 128,
         stages: Sequence[str | int] = (HEAD,),
         rgb: bool = False,
+        standardise: bool = False,
         patch_size: int | None = None,
         hidden_size: int | None = None,
         num_channels: int = 3,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        shapes = _map_shapes(architecture, image_size, tuple(stages))
+        shapes = map_shapes(architecture, image_size, tuple(stages))
         patch_size = patch_size or image_size // shapes[0][1]
         _check_grid(architecture, image_size, patch_size, tuple(stages), shapes)
         derived = sum(channels for channels, _, _ in shapes) + (3 if rgb else 0)
@@ -74,6 +75,7 @@ class TokenTowerConfig(PretrainedConfig):
         self.image_size = image_size
         self.stages = list(stages)
         self.rgb = rgb
+        self.standardise = standardise
         self.patch_size = patch_size
         self.hidden_size = derived
         self.num_channels = num_channels
@@ -88,6 +90,8 @@ class TokenTowerConfig(PretrainedConfig):
 class TokenTower(PreTrainedModel):
     """A timm network whose maps become tokens. It has timm's parameters and no others.
 
+    With ``config.standardise`` it also has the buffers ``token_mean`` and ``token_std``, (hidden_size,).
+
     A tower without a trainable parameter stays in ``eval`` mode whatever ``train()`` says: else a frozen
     network's batch norms would go on averaging over the training set.
     """
@@ -100,7 +104,11 @@ class TokenTower(PreTrainedModel):
 
     def __init__(self, config: TokenTowerConfig):
         super().__init__(config)
-        self.net: Any = _build(config.architecture, config.image_size)
+        self.net: Any = build(config.architecture, config.image_size)
+        keep_buffers_off_meta(self.net)
+        if config.standardise:
+            self.register_buffer("token_mean", torch.zeros(config.hidden_size))
+            self.register_buffer("token_std", torch.ones(config.hidden_size))
         self.post_init()
 
     @classmethod
@@ -118,18 +126,43 @@ class TokenTower(PreTrainedModel):
         """
         tower = cls(TokenTowerConfig(architecture, **config))
         if weights is not None:
-            tower.net = _build(architecture, tower.config.image_size, weights)
+            tower.net = build(architecture, tower.config.image_size, weights)
         return tower.eval()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # timm has initialised its modules. Buffers that no checkpoint holds are lost when Hugging Face builds
-        # the network on the meta device; timm's modules know how to make them again.
+        # timm has initialised its modules; transformers 5 asks for the buffers that no checkpoint holds.
         if hasattr(module, "init_non_persistent_buffers"):
             cast(Any, module).init_non_persistent_buffers()
 
     def train(self, mode: bool = True) -> TokenTower:
         """``nn.Module.train``, except that a frozen tower stays in ``eval`` mode."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store what ``config.standardise`` subtracts and divides by.
+
+        Args:
+            mean, std: (hidden_size,) of raw tokens, over pictures and cells. Channels that hardly vary are
+                divided by 0.01 at least.
+
+        Raises:
+            UserError: the tower was built without ``standardise``.
+        """
+        if not self.config.standardise:
+            raise UserError("this vision tower takes no statistics: build it with standardise=True")
+        self.get_buffer("token_mean").copy_(mean)
+        self.get_buffer("token_std").copy_(std.clamp_min(0.01))
+
+    @torch.no_grad()
+    def fit_statistics(self, pixel_values: Tensor) -> None:
+        """Measure and store the statistics on pictures of the data: (B, 3, H, W), some hundreds.
+
+        Raises:
+            UserError: the tower was built without ``standardise``.
+        """
+        self.set_statistics(*(f(self.config.hidden_size) for f in (torch.zeros, torch.ones)))
+        raw = self.tokens(pixel_values).flatten(0, 1)
+        self.set_statistics(raw.mean(0), raw.std(0))
 
     def tokens(self, pixel_values: Tensor) -> Tensor:
         """One token a cell, row by row.
@@ -149,12 +182,15 @@ class TokenTower(PreTrainedModel):
                 f"the vision tower reads (B, 3, {size}, {size}) pictures, got {tuple(pixel_values.shape)}"
             )
         pixel_values = pixel_values.to(self.dtype)
-        maps = _maps(self.net, pixel_values, self.config.stages)
+        maps = feature_maps(self.net, pixel_values, self.config.stages)
         if self.config.rgb:
             maps.append(pixel_values)
         cells = torch.cat([_on_grid(m, self.config.grid) for m in maps], dim=1)
         # Under autocast the maps are bfloat16 and the pixels are not.
-        return cells.flatten(2).transpose(1, 2).to(self.dtype)
+        tokens = cells.flatten(2).transpose(1, 2).to(self.dtype)
+        if self.config.standardise:
+            tokens = (tokens - self.get_buffer("token_mean")) / self.get_buffer("token_std")
+        return tokens
 
     def forward(
         self,
@@ -172,80 +208,6 @@ class TokenTower(PreTrainedModel):
         values: dict[str, Any] = {"pooler_output": tokens.mean(dim=1), "hidden_states": (tokens,)}
         output = BaseModelOutputWithPooling(last_hidden_state=cast(Any, tokens), **values)
         return output.to_tuple() if return_dict is False else output
-
-
-def _build(architecture: str, image_size: int, weights: str | Path | None = None) -> Any:
-    import timm  # slow, and whoever loads a CLIP tower does not need it
-
-    if not timm.is_model(architecture):
-        raise UserError(f"timm knows no network '{architecture}'{nearest(architecture, timm.list_models())}")
-    try:
-        net: Any = timm.create_model(architecture, pretrained=weights == "timm", num_classes=0)
-    except Exception as error:  # hub, cache, names and shapes: a dozen kinds
-        raise UserError(f"{architecture}: timm cannot build it: {error}") from error
-    if weights not in (None, "timm"):
-        _load(net, architecture, Path(weights))
-    if hasattr(net, "set_input_size"):  # ViTs: position embeddings are made for one size
-        net.set_input_size(img_size=image_size)
-    if not hasattr(net, "forward_intermediates"):
-        raise UserError(f"{architecture}: timm cannot give this network's maps (no forward_intermediates)")
-    return net
-
-
-def _load(net: Any, architecture: str, path: Path) -> None:
-    """Weights from a file. (timm's own loader takes a file of quite another network without a word.)"""
-    from timm.models import load_state_dict
-
-    if not path.is_file():
-        raise UserError(f"{architecture}: no weights file '{path}'")
-    stored = load_state_dict(str(path), weights_only=True)
-    missing = [name for name in net.state_dict() if name not in stored]
-    if missing:
-        raise UserError(f"{architecture}: '{path}' has no '{missing[0]}' ({len(missing)} are missing)")
-    try:
-        net.load_state_dict({name: stored[name] for name in net.state_dict()})
-    except RuntimeError as error:
-        raise UserError(f"{architecture}: '{path}' does not fit: {error}") from error
-
-
-def _maps(net: Any, pixels: Tensor, stages: Sequence[str | int]) -> list[Tensor]:
-    """The named maps of one forward pass, (B, C, h, w) each."""
-    count = len(net.feature_info)
-    wanted = [s % count for s in stages if isinstance(s, int)]
-    indices = sorted(set(wanted)) or [count - 1]
-    if HEAD not in stages:
-        maps = net.forward_intermediates(
-            pixels, indices=indices, output_fmt="NCHW", intermediates_only=True, stop_early=True
-        )
-        last = None
-    else:
-        last, maps = net.forward_intermediates(pixels, indices=indices, output_fmt="NCHW")
-        if last.ndim == 3:  # a ViT's tokens, prefix tokens (class, registers) first
-            rows, columns = maps[-1].shape[-2:]
-            last = (
-                last[:, getattr(net, "num_prefix_tokens", 0) :].transpose(1, 2).unflatten(2, (rows, columns))
-            )
-        elif getattr(net, "output_fmt", "NCHW") == "NHWC":
-            last = last.permute(0, 3, 1, 2)
-    by_index: dict[Any, Any] = {**dict(zip(indices, maps, strict=True)), HEAD: last}
-    return [by_index[s % count if isinstance(s, int) else s] for s in stages]
-
-
-@functools.lru_cache(maxsize=64)
-def _map_shapes(
-    architecture: str, image_size: int, stages: tuple[str | int, ...]
-) -> list[tuple[int, int, int]]:
-    """(channels, height, width) of each stage's map, found on the meta device: no weights, no arithmetic."""
-    if not stages:
-        raise UserError(f"{architecture}: a token tower needs at least one stage")
-    with torch.device("meta"):
-        net: Any = _build(architecture, image_size).eval()
-        count = len(net.feature_info)
-        for stage in stages:
-            if stage != HEAD and not (isinstance(stage, int) and -count <= stage < count):
-                raise UserError(f"{architecture}: no stage {stage!r}; there are 'head' and 0 to {count - 1}")
-        maps = _maps(net, torch.zeros(1, 3, image_size, image_size), stages)
-    return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
 
 
 def _check_grid(

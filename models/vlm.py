@@ -97,8 +97,7 @@ class VisionLanguageModel(ComposerModel):
         """Outputs that the evaluation metrics read."""
         if outputs is not None and "correct" in outputs:
             return outputs
-        result = self.net(batch, Step(batch))
-        return result
+        return self.net(batch, Step(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """``nll`` (nats a token) and ``exact_match`` (share of answers that greedy decoding gives), evaluation only."""
@@ -107,6 +106,13 @@ class VisionLanguageModel(ComposerModel):
     def update_metric(self, batch: dict, outputs: dict[str, torch.Tensor], metric: Metric) -> None:
         """Feed one metric with one micro-batch."""
         metric.update(outputs, batch)
+
+    @torch.no_grad()
+    def logits(self, batch: dict) -> torch.Tensor:
+        """Logits (B, L, vocabulary) at every position of a device batch, for comparisons; training never needs them."""
+        step = Step(batch)
+        hidden = self.net.hidden(batch, step)
+        return self.anatomy.head(self.hf, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
     def pictures(self, batch: dict) -> Pictures:
         """Each view of a micro-batch as the tower saw it: (3, rows * patch, columns * patch) in [0, 1]."""

@@ -10,8 +10,6 @@ import torch
 import zoo
 from composer import Callback, Trainer
 from composer.utils import dist, reproducibility
-from torch.utils.data import DataLoader, IterableDataset
-
 from opsin.data.batch import vlm_data_spec
 from opsin.data.chat import chat_template
 from opsin.data.collate import VLMCollator
@@ -20,6 +18,7 @@ from opsin.models.anatomy import image_encoder_for
 from opsin.models.parts import parameter_groups, set_trainable
 from opsin.models.vlm import VisionLanguageModel
 from opsin.training import compat
+from torch.utils.data import DataLoader, IterableDataset
 
 warnings.filterwarnings("ignore")
 compat.apply()
@@ -43,7 +42,9 @@ class Samples(IterableDataset):
         return iter(self.samples)
 
 
-def collator(built: zoo.Built, template: str = "vicuna_v1", max_seq_len: int = 400, **options: Any) -> VLMCollator:
+def collator(
+    built: zoo.Built, template: str = "vicuna_v1", max_seq_len: int = 400, **options: Any
+) -> VLMCollator:
     images = image_encoder_for(built.processor, built.hf.config)
     tokenizer = built.processor.tokenizer
     encoder = ConversationEncoder(
@@ -59,7 +60,9 @@ def mixed_samples(count: int, images: str = "mixed") -> list[dict]:
     """
     samples = []
     for i in range(count):
-        number = {"mixed": (1, 0, 2, 1)[i % 4], "first_half": 1 + i % 2 if i % 4 < 2 else 0, "none": 0}[images]
+        number = {"mixed": (1, 0, 2, 1)[i % 4], "first_half": 1 + i % 2 if i % 4 < 2 else 0, "none": 0}[
+            images
+        ]
         samples.append(zoo.sample(i, images=number, turns=1 + i % 3, independent=i % 5 == 0 and number == 1))
     return samples
 
@@ -129,7 +132,9 @@ def train(
     device_batch = global_batch // world
     samples = mixed_samples(global_batch * steps) if samples is None else samples
     dataset = Samples(samples, device_batch, rank, world)
-    loader = DataLoader(dataset, batch_size=device_batch, collate_fn=collator(built, packing=packing, **options))
+    loader = DataLoader(
+        dataset, batch_size=device_batch, collate_fn=collator(built, packing=packing, **options)
+    )
     record = Record()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, {}, 0.0))
     config = None
@@ -154,7 +159,9 @@ def train(
         **(trainer or {}),
     )
     fsdp_on = bool(fit.state.fsdp_enabled)
-    plain = [n for n, p in fit.state.model.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    plain = [
+        n for n, p in fit.state.model.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")
+    ]
     fit.fit()
     result = {
         "losses": record.losses,

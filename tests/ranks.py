@@ -92,7 +92,9 @@ class RankPool:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(timeout):
                 self.close()
-                raise TimeoutError(f"rank {rank} did not answer {job} within {timeout} s: the ranks wait for each other")
+                raise TimeoutError(
+                    f"rank {rank} did not answer {job} within {timeout} s: the ranks wait for each other"
+                )
             ok, value = pipe.recv()
             if not ok:
                 self.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from opsin.data.schema import pack_images
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,8 +27,6 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
-
-from opsin.data.schema import pack_images
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
 
@@ -51,7 +50,10 @@ def tokenizer() -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+        show_progress=False,
     )
     raw.train_from_iterator(CORPUS, trainer)
     raw.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
@@ -82,7 +84,12 @@ def _text(**extra: Any) -> dict[str, Any]:
 
 def _clip(size: int) -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=size, patch_size=4
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=4,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..models.errors import UserError, nearest
@@ -17,7 +18,9 @@ RESERVED = ("enabled", "stages")
 """Keys of a method that the run reads itself."""
 
 
-def construct(make: Callable[..., Any], arguments: Mapping[str, Any], where: Callable[[str], str], **given: Any) -> Any:
+def construct(
+    make: Callable[..., Any], arguments: Mapping[str, Any], where: Callable[[str], str], **given: Any
+) -> Any:
     """Call a constructor with keyword arguments from a configuration.
 
     Args:
@@ -36,11 +39,16 @@ def construct(make: Callable[..., Any], arguments: Mapping[str, Any], where: Cal
     except UserError:
         raise
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{where('')}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise UserError(
+            f"{where('')}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
 
 
 def check_arguments(
-    make: Callable[..., Any], arguments: Mapping[str, Any], where: Callable[[str], str], given: Mapping[str, Any] = {}
+    make: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    where: Callable[[str], str],
+    given: Mapping[str, Any] = {},
 ) -> None:
     """Check keyword arguments against a signature without calling it; see :func:`construct`."""
     parameters = inspect.signature(make).parameters
@@ -87,7 +95,9 @@ def _described(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)).replace("typing.", "")
 
 
-def named(registry: Registry, spec: Mapping[str, Any], place: Callable[..., str], *path: str, **given: Any) -> Any:
+def named(
+    registry: Registry, spec: Mapping[str, Any], place: Callable[..., str], *path: str, **given: Any
+) -> Any:
     """Build what ``name:`` says with the keys beside it."""
     where = lambda key: place(*path, key) if key else place(*path)  # noqa: E731
     if "name" not in spec:
@@ -102,9 +112,14 @@ def mapped(
     """Build every entry of a ``name: {keywords}`` section (callbacks, loggers)."""
     built = []
     for name, keywords in specs.items():
-        where = lambda key, name=name: place(section, name, key) if key else place(section, name)  # noqa: E731
+        where = partial(_place_in, place, section, name)
         built.append(construct(registry.get(name, where("")), dict(keywords or {}), where))
     return built
+
+
+def _place_in(place: Callable[..., str], section: str, name: str, key: str) -> str:
+    """Place of a keyword of a named thing; of the thing itself for the empty key."""
+    return place(section, name, *([key] if key else []))
 
 
 def enabled_algorithms(loaded: Loaded) -> dict[str, dict[str, Any]]:
@@ -128,7 +143,7 @@ def algorithms_of_stage(loaded: Loaded, stage: str, **given: dict[str, Any]) -> 
         make = algorithm_registry.get(name, loaded.where("algorithms", name))
         if stage not in stages_of(loaded, name, keywords, make):
             continue
-        where = lambda key, name=name: loaded.where("algorithms", name, key) if key else loaded.where("algorithms", name)  # noqa: E731
+        where = partial(_place_in, loaded.where, "algorithms", name)
         arguments = {k: v for k, v in keywords.items() if k not in RESERVED}
         extra = {k: v for k, v in given.get(name, {}).items() if k not in arguments}
         built[name] = construct(make, arguments, where, **extra)
@@ -145,7 +160,9 @@ def stages_of(loaded: Loaded, name: str, keywords: Mapping[str, Any], make: Any)
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     for stage in wanted:
         if stage not in names:
-            raise UserError(f"{loaded.where('algorithms', name, 'stages')}: no stage '{stage}'{nearest(stage, names)}")
+            raise UserError(
+                f"{loaded.where('algorithms', name, 'stages')}: no stage '{stage}'{nearest(stage, names)}"
+            )
     return wanted
 
 

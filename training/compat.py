@@ -10,16 +10,28 @@ placeholder masks (``get_placeholder_mask``), LLaVA-NeXT and Qwen2-VL at image s
 
 from __future__ import annotations
 
+import pickle
+import types
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from packaging.version import Version
 
+from ..models.errors import UserError
+
 TORCH = Version(torch.__version__.split("+")[0])
 
 
-def apply() -> None:
-    """Apply all patches that the installed versions need."""
+def apply(*, trust_checkpoints: bool = False) -> None:
+    """Apply all patches that the installed versions need.
+
+    Args:
+        trust_checkpoints: let checkpoints run code while they load (``trust_checkpoint: true``).
+    """
     average_gradients_on_gloo()
+    load_checkpoints_without_code(trust_checkpoints)
 
 
 def average_gradients_on_gloo() -> None:
@@ -37,7 +49,9 @@ def average_gradients_on_gloo() -> None:
         return
     stock = collectives._get_gradient_divide_factors
 
-    def divide_factors(reduce_scatter_group, all_reduce_group, reduce_dtype, device_type=""):  # noqa: ANN001, ANN202
+    def divide_factors(
+        reduce_scatter_group: Any, all_reduce_group: Any, reduce_dtype: Any, device_type: str = ""
+    ) -> Any:
         if dist.get_backend(reduce_scatter_group) != "gloo":
             return stock(reduce_scatter_group, all_reduce_group, reduce_dtype, device_type)
         ranks = reduce_scatter_group.size() * (all_reduce_group.size() if all_reduce_group is not None else 1)
@@ -45,3 +59,97 @@ def average_gradients_on_gloo() -> None:
 
     divide_factors._opsin = True  # type: ignore[attr-defined]
     collectives._get_gradient_divide_factors = divide_factors  # type: ignore[assignment]
+
+
+def load_checkpoints_without_code(trust: bool = False) -> None:
+    """Let Composer read checkpoints without running what they contain.
+
+    Composer 0.32.1 calls ``torch.load(weights_only=False)`` and torch's distributed checkpoints ``pickle.load``:
+    a checkpoint from elsewhere can run anything. Here only tensors, numbers, containers and numpy's random
+    state are read; anything else is refused in one line. (A safe loader was written upstream and never
+    released.)
+    """
+    from composer.utils import checkpoint
+    from torch.distributed.checkpoint import filesystem
+
+    if trust:
+        checkpoint._torch_load_with_validation = _STOCK_LOAD or checkpoint._torch_load_with_validation
+        filesystem.pickle = pickle  # type: ignore[attr-defined]
+        return
+    _remember(checkpoint._torch_load_with_validation)
+    checkpoint._torch_load_with_validation = _load_tensors_only
+    filesystem.pickle = types.SimpleNamespace(  # type: ignore[attr-defined]
+        load=lambda file: _MetadataUnpickler(file).load(), dump=pickle.dump, dumps=pickle.dumps
+    )
+
+
+_STOCK_LOAD: Any = None
+
+
+def _remember(stock: Any) -> None:
+    global _STOCK_LOAD
+    if stock is not _load_tensors_only:
+        _STOCK_LOAD = stock
+
+
+def _load_tensors_only(checkpoint_filepath: Path | str, map_location: str) -> Any:
+    from composer.utils.checkpoint import _ensure_valid_checkpoint
+
+    path = _ensure_valid_checkpoint(checkpoint_filepath)
+    try:
+        with torch.serialization.safe_globals(_allowed()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {checkpoint_filepath}: holds more than tensors and plain data ({_culprit(error)}) and was not "
+            "loaded; set trust_checkpoint: true only for a file that you made yourself"
+        ) from error
+
+
+def _culprit(error: Exception) -> str:
+    text = str(error)
+    for start in ("GLOBAL ", "Unsupported global: "):
+        if start in text:
+            return text.split(start, 1)[1].split()[0].strip("`,.")
+    return text.splitlines()[0][:120]
+
+
+def _allowed() -> list[Any]:
+    """Plain data classes in Composer's checkpoints."""
+    import _codecs
+    import datetime
+
+    import numpy as np
+
+    core: Any = getattr(np, "_core", None) or getattr(np, "core")  # noqa: B009  (numpy 2 / 1)
+    dtypes = [
+        getattr(np.dtypes, n) for n in ("UInt32DType", "Int64DType", "Float64DType") if hasattr(np, "dtypes")
+    ]
+    return [core.multiarray._reconstruct, np.ndarray, np.dtype, *dtypes, _codecs.encode, datetime.timedelta]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads a distributed checkpoint's ``.metadata``: torch's own record classes and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = module in (
+            "torch.distributed.checkpoint.metadata",
+            "torch.distributed.checkpoint.filesystem",
+        ) or (
+            (module, name)
+            in {
+                ("torch", "Size"),
+                ("torch", "device"),
+                ("torch.serialization", "_get_layout"),
+                ("torch._utils", "_rebuild_tensor_v2"),
+                ("collections", "OrderedDict"),
+                ("pathlib", "PosixPath"),
+                ("pathlib", "Path"),
+            }
+        )
+        if allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise UserError(
+            f"checkpoint metadata names {module}.{name}, which is no plain data; it was not loaded. Set "
+            "trust_checkpoint: true only for a checkpoint that you made yourself"
+        )

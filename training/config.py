@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..models.errors import UserError, nearest
 from .provenance import Path_, Provenance, find_yaml
-from .schema import RunConfig, StageConfig
+from .schema import InitFrom, RunConfig, StageConfig
 
 
 @dataclass
@@ -69,9 +69,8 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {_line(error)}") from error
     assert isinstance(plain, dict)
-    checker = _Checker(provenance)
-    run = checker.dataclass(RunConfig, plain, ())
-    return Loaded(run, plain, provenance)
+    keys: dict[str, Any] = {str(k): v for k, v in plain.items()}
+    return Loaded(_Checker(provenance).dataclass(RunConfig, keys, ()), keys, provenance)
 
 
 def _line(error: Exception) -> str:
@@ -134,9 +133,10 @@ class _Checker:
                 return None
             return self.value(options[0], value, path)
         if dataclasses.is_dataclass(hint):
-            if hint.__name__ == "InitFrom" and isinstance(value, str):
-                return hint(path=value)
-            return self.dataclass(hint, value, path)  # type: ignore[arg-type]
+            if hint is InitFrom and isinstance(value, str):
+                return InitFrom(path=value)
+            assert isinstance(hint, type)
+            return self.dataclass(hint, value, path)
         if origin is dict:
             if not isinstance(value, Mapping):
                 self.fail(path, f"expected a mapping, got {_shown(value)}")
@@ -159,7 +159,7 @@ class _Checker:
             return str(value)
         if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
             return value
-        self.fail(path, f"expected {names.get(hint, hint.__name__)}, got {_shown(value)}")
+        return self.fail(path, f"expected {names.get(hint, hint.__name__)}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

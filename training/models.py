@@ -90,7 +90,9 @@ def load_language_model(hf: Any, source: str) -> None:
     else:
         path = Path(source)
     if not path.is_file():
-        raise UserError(f"model.language_model: no file '{path}'; make it with `opsin data language-model --out FILE`")
+        raise UserError(
+            f"model.language_model: no file '{path}'; make it with `opsin data language-model --out FILE`"
+        )
     state = {k: v.float() for k, v in load_file(path).items()}
     decoder = hf.model.language_model
     try:

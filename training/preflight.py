@@ -32,7 +32,11 @@ class Report:
 
 
 def check_batches(
-    collator: VLMCollator, samples: list[dict[str, Any]], config: PreflightConfig, stage: str, needs: dict[str, str]
+    collator: VLMCollator,
+    samples: list[dict[str, Any]],
+    config: PreflightConfig,
+    stage: str,
+    needs: dict[str, str],
 ) -> Report:
     """Build samples as training would and look at the result.
 
@@ -50,19 +54,33 @@ def check_batches(
     batch = collator(samples)
     status = batch["sample_status"]
     used = int((status == Status.USED).sum())
-    skipped = {s.name.lower(): int((status == s).sum()) for s in Status if s != Status.USED and bool((status == s).any())}
+    skipped = {
+        s.name.lower(): int((status == s).sum())
+        for s in Status
+        if s != Status.USED and bool((status == s).any())
+    }
     if used == 0 or sum(skipped.values()) > max(config.max_skipped, 0.0) * len(samples) + 1:
         why = ", ".join(f"{n} {r}" for r, n in skipped.items())
-        raise UserError(f"preflight of stage {stage}: {len(samples) - used} of {len(samples)} samples cannot be used ({why})")
+        raise UserError(
+            f"preflight of stage {stage}: {len(samples) - used} of {len(samples)} samples cannot be used ({why})"
+        )
     labelled = batch["labels"] != IGNORE_INDEX
     if bool((labelled & (batch["roles"] == Role.IMAGE)).any()):
-        raise UserError(f"preflight of stage {stage}: a visual token has a label; the chat template or tokenizer is wrong")
-    if bool((labelled & torch.isin(batch["input_ids"], torch.tensor([collator.encoder.images.image_token_id]))).any()):
+        raise UserError(
+            f"preflight of stage {stage}: a visual token has a label; the chat template or tokenizer is wrong"
+        )
+    if bool(
+        (
+            labelled & torch.isin(batch["input_ids"], torch.tensor([collator.encoder.images.image_token_id]))
+        ).any()
+    ):
         raise UserError(f"preflight of stage {stage}: the image token is among the labels")
     expected = int((batch["view_grid"].prod(1)).sum())
     visual = int((batch["roles"] == Role.IMAGE).sum())
     if visual < expected:
-        raise UserError(f"preflight of stage {stage}: {visual} visual tokens in the text for {expected} patches")
+        raise UserError(
+            f"preflight of stage {stage}: {visual} visual tokens in the text for {expected} patches"
+        )
     documents = [(r, d) for r in range(len(labelled)) for d in range(int(batch["document_ids"][r].max()) + 1)]
     empty = sum(not bool(labelled[r][batch["document_ids"][r] == d].any()) for r, d in documents)
     share = empty / max(len(documents), 1)
@@ -80,11 +98,19 @@ def check_batches(
     tokens = int(batch["attention_mask"].sum())
     lengths = batch["attention_mask"].sum(1)
     return Report(
-        len(samples), skipped, share, images / used, tokens / used, int(labelled.sum()) / tokens, int(lengths.max())
+        len(samples),
+        skipped,
+        share,
+        images / used,
+        tokens / used,
+        int(labelled.sum()) / tokens,
+        int(lengths.max()),
     )
 
 
-def check_features(model: VisionLanguageModel, collator: VLMCollator, samples: list[dict[str, Any]], stage: str) -> None:
+def check_features(
+    model: VisionLanguageModel, collator: VLMCollator, samples: list[dict[str, Any]], stage: str
+) -> None:
     """Run tower and projector on one picture: as many features as visual tokens, after this stack's processor."""
     pictured = next((s for s in samples if s["images"][:4] != b"\0\0\0\0"), None)
     if pictured is None:

@@ -43,7 +43,9 @@ def _make(loaded: Loaded, kind: str, i: int, spec: Mapping[str, Any], console: C
     where = lambda key: loaded.where("prepare", kind, str(i), *([key] if key else []))  # noqa: E731
     out = spec.get("out")
     if not isinstance(out, str) or "://" in out:
-        raise UserError(f"{where('out')}: a local folder is needed here; write to object storage with `opsin data {kind}`")
+        raise UserError(
+            f"{where('out')}: a local folder is needed here; write to object storage with `opsin data {kind}`"
+        )
     if dist.get_global_rank() == 0 and not (Path(out) / "index.json").is_file():
         console.print(f"making {out} ({', '.join(f'{k}={v}' for k, v in spec.items() if k != 'out')})")
         partial = f"{out.rstrip('/')}.{os.getpid()}.partial"

@@ -63,7 +63,11 @@ class ProgressBar(LoggerDestination):
         elif time.monotonic() - self._last > self.every or int(state.timestamp.batch) == total_batches(state):
             self._last = time.monotonic()
             total = total_batches(state)
-            print(f"{self.stage} {int(state.timestamp.batch)}/{total or '?'}  {losses}", file=sys.stderr, flush=True)
+            print(
+                f"{self.stage} {int(state.timestamp.batch)}/{total or '?'}  {losses}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Close the bar."""

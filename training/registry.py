@@ -45,6 +45,10 @@ class Registry:
         """Add an entry at run time."""
         self._catalogue.register(name, func=made)
 
+    def added(self) -> list[str]:
+        """Names that other packages or the program itself added."""
+        return sorted(self._catalogue.get_all())
+
     def names(self) -> list[str]:
         """All names, sorted."""
         extra = self._composer() if self._composer else {}

@@ -1,13 +1,13 @@
 """``runs/<run_name>/``: what every later tool reads.
 
-    config.yaml       the resolved configuration
-    metrics.jsonl     a line a step, Composer's metric names, with the stage
-    summary.json      scores by kind of question (trained, blind, blank, majority), seeds, versions, wall time
-    samples.png       held-out pictures with question, gold and predicted answer
-    skipped.jsonl     samples that could not be used, with the reason
-    checkpoints/<stage>/      Composer checkpoints, for resumption
-    stages/<stage>/model/     the stage's model as a Hugging Face folder
-    model/                    the last stage's, for use
+config.yaml       the resolved configuration
+metrics.jsonl     a line a step, Composer's metric names, with the stage
+summary.json      scores by kind of question (trained, blind, blank, majority), seeds, versions, wall time
+samples.png       held-out pictures with question, gold and predicted answer
+skipped.jsonl     samples that could not be used, with the reason
+checkpoints/<stage>/      Composer checkpoints, for resumption
+stages/<stage>/model/     the stage's model as a Hugging Face folder
+model/                    the last stage's, for use
 """
 
 from __future__ import annotations

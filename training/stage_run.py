@@ -51,7 +51,9 @@ class Finished:
     seconds: float
 
 
-def build_model(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], meta: bool = False) -> VisionLanguageModel:
+def build_model(
+    loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], meta: bool = False
+) -> VisionLanguageModel:
     """The stage's model: from ``model:``, or from the stage or folder that it starts from; parts frozen as said."""
     if stage.start is None:
         given = {"meta": meta} if loaded.run.model.get("name") == "hf_vlm" else {}
@@ -69,7 +71,7 @@ def build_model(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str
     set_trainable(model, stage.config.trainable)
     if stage.config.activation_checkpointing:
         # Reentrant checkpointing fires layer hooks twice and would replace taps during backward.
-        decoder = model.anatomy.decoder(model.hf)
+        decoder: Any = model.anatomy.decoder(model.hf)
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
@@ -99,7 +101,9 @@ def build_dataset(config: DatasetConfig, batch_size: int, seed: int) -> Streamin
     return StreamingVLMDataset(streams=streams, remote=remote, local=local, batch_size=batch_size, **options)
 
 
-def build_collator(model: VisionLanguageModel, stage: Stage, loader: LoaderConfig, **options: Any) -> VLMCollator:
+def build_collator(
+    model: VisionLanguageModel, stage: Stage, loader: LoaderConfig, **options: Any
+) -> VLMCollator:
     """Encoder and collator of a loader."""
     encoder = build_encoder(
         model.processor,
@@ -153,7 +157,9 @@ def build_evaluators(loaded: Loaded, stage: Stage, model: VisionLanguageModel) -
             num_workers=config.num_workers, prefetch_factor=config.prefetch_factor,
             persistent_workers=False, timeout=config.timeout, drop_last=config.drop_last,
         )  # fmt: skip
-        batches = -1 if config.limit is None else max(1, config.limit // config.batch_size // dist.get_world_size())
+        batches = (
+            -1 if config.limit is None else max(1, config.limit // config.batch_size // dist.get_world_size())
+        )
         evaluators.append(
             Evaluator(
                 label=config.label,
@@ -178,37 +184,57 @@ def parallelism(loaded: Loaded) -> ParallelismConfig | None:
         return None
     for key in given:
         if key != "fsdp2":
-            raise UserError(f"{loaded.where('parallelism_config', key)}: unknown key{nearest(key, ['fsdp2'])}")
+            raise UserError(
+                f"{loaded.where('parallelism_config', key)}: unknown key{nearest(key, ['fsdp2'])}"
+            )
     where = lambda key: loaded.where("parallelism_config", "fsdp2", *([key] if key else []))  # noqa: E731
     return ParallelismConfig(fsdp=construct(FSDP2Config, dict(given["fsdp2"] or {}), where))
 
 
 def assert_sharded(trainer: Trainer) -> None:
     """FSDP2 is really on: every trainable parameter is a DTensor (else ranks would drift apart in silence)."""
-    plain = [n for n, p in trainer.state.model.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    plain = [
+        n
+        for n, p in trainer.state.model.named_parameters()
+        if p.requires_grad and not hasattr(p, "full_tensor")
+    ]
     if not trainer.state.fsdp_enabled or plain:
-        raise RuntimeError(f"FSDP2 was asked for, but {len(plain)} parameters are not sharded, such as {plain[:1]}")
+        raise RuntimeError(
+            f"FSDP2 was asked for, but {len(plain)} parameters are not sharded, such as {plain[:1]}"
+        )
 
 
-def train_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console) -> Finished:
+def train_stage(
+    loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console
+) -> Finished:
     """Train one stage to its end, resuming where a checkpoint says so, and write its model."""
     run, config = loaded.run, stage.config
     started = time.time()
     model = build_model(loaded, stage, folder, names)
     precision = run.precision
-    if precision == "amp_bf16" and (run.device == "cpu" or (run.device is None and not torch.cuda.is_available())):
+    if precision == "amp_bf16" and (
+        run.device == "cpu" or (run.device is None and not torch.cuda.is_available())
+    ):
         model.net.autocast_dtype, precision = torch.bfloat16, "fp32"  # Composer refuses amp_bf16 on a CPU
     spec, dataset, collator = build_train_spec(loaded, stage, model, folder)
     stage_folder = folder.stage(stage.name)
-    algorithms = algorithms_of_stage(loaded, stage.name, l2t={"report": str(stage_folder / "l2t_templates.json")})
+    algorithms = algorithms_of_stage(
+        loaded, stage.name, l2t={"report": str(stage_folder / "l2t_templates.json")}
+    )
     preflight(loaded, stage, model, dataset, collator, algorithms, console)
     optimizer_where = lambda *key: stage.where(loaded, *key)  # noqa: E731
     decay = float(config.optimizer.get("weight_decay", 0.0))
     lr = float(config.optimizer.get("lr", 2.0e-5))
-    optimizer = build_optimizer(config, parameter_groups(model, lr, config.lr_by_part, decay), optimizer_where)
+    optimizer = build_optimizer(
+        config, parameter_groups(model, lr, config.lr_by_part, decay), optimizer_where
+    )
     batch = device_batch_size(stage, loaded)
     restore = RestoreRandomState()
-    checkpoints = f"{run.save_folder.rstrip('/')}/{stage.name}" if run.save_folder else str(folder.checkpoints(stage.name))
+    checkpoints = (
+        f"{run.save_folder.rstrip('/')}/{stage.name}"
+        if run.save_folder
+        else str(folder.checkpoints(stage.name))
+    )
     parallel = parallelism(loaded)
     trainer = Trainer(
         model=model,
@@ -260,7 +286,9 @@ def train_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str
     finally:
         trainer.close()
     if dist.get_global_rank() == 0:
-        folder.mark_finished(stage, stage_folder / MODEL_FOLDER, steps=steps, seconds=round(time.time() - started, 1))
+        folder.mark_finished(
+            stage, stage_folder / MODEL_FOLDER, steps=steps, seconds=round(time.time() - started, 1)
+        )
     dist.barrier()
     finished = Finished(model, stage_folder / MODEL_FOLDER, steps, time.time() - started)
     del trainer, spec, dataset
@@ -283,7 +311,11 @@ def preflight(
     if config.batches:
         count = config.batches * min(device_batch_size(stage, loaded), 32)
         samples = first_samples(dataset, count)
-        needs = {n: "images" for n, a in algorithms.items() if isinstance(a, VisionAlgorithm) and "images" in a.needs}
+        needs = {
+            n: "images"
+            for n, a in algorithms.items()
+            if isinstance(a, VisionAlgorithm) and "images" in a.needs
+        }
         for name, algorithm in algorithms.items():
             if isinstance(algorithm, VisionAlgorithm) and algorithm.is_off():
                 needs.pop(name, None)

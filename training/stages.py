@@ -18,7 +18,14 @@ from .schema import InitFrom, StageConfig
 _WITHOUT_EFFECT = ("eval_loaders", "eval_interval")
 """Keys that do not change what a stage learns."""
 _LOADER_WITHOUT_EFFECT = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "timeout")
-_DATASET_WITHOUT_EFFECT = ("local", "predownload", "cache_limit", "download_retry", "download_timeout", "validate_hash")
+_DATASET_WITHOUT_EFFECT = (
+    "local",
+    "predownload",
+    "cache_limit",
+    "download_retry",
+    "download_timeout",
+    "validate_hash",
+)
 
 
 @dataclass
@@ -66,7 +73,9 @@ def resolve(loaded: Loaded) -> list[Stage]:
         if start is None and stages:
             start = InitFrom(path=stages[-1].name)
         if start is not None and start.heads not in ("keep", "drop", "new"):
-            raise UserError(f"{loaded.where(*path, 'init_from', 'heads')}: '{start.heads}': use keep, drop or new")
+            raise UserError(
+                f"{loaded.where(*path, 'init_from', 'heads')}: '{start.heads}': use keep, drop or new"
+            )
         stages.append(Stage(name, config, path, "", start))
         stages[-1].identity = _identity(loaded, stages[-1], stages[:-1])
     return stages
@@ -116,7 +125,11 @@ def dataset_content(dataset: dict[str, Any]) -> list[str]:
     content = []
     for address in filter(None, addresses):
         index = Path(str(address)) / (dataset.get("split") or "") / "index.json"
-        content.append(hashlib.blake2b(index.read_bytes(), digest_size=10).hexdigest() if index.is_file() else str(address))
+        content.append(
+            hashlib.blake2b(index.read_bytes(), digest_size=10).hexdigest()
+            if index.is_file()
+            else str(address)
+        )
     return content
 
 
@@ -138,4 +151,6 @@ def find_start(start: InitFrom, run_root: Path, run_folder: Path, stages: list[s
         if (candidate / "config.json").is_file():
             return candidate
     known = [*stages, *(p.name for p in run_root.glob("*") if p.is_dir())] if run_root.is_dir() else stages
-    raise UserError(f"init_from '{start.path}': no stage, run or folder with a model{nearest(start.path, known)}")
+    raise UserError(
+        f"init_from '{start.path}': no stage, run or folder with a model{nearest(start.path, known)}"
+    )

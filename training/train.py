@@ -45,7 +45,9 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
     """
     compat.apply(trust_checkpoints=loaded.run.trust_checkpoint)
     for category in (UserWarning, FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(composer|torch|streaming|transformers)\b.*")
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"(composer|torch|streaming|transformers)\b.*"
+        )
     run = loaded.run
     if dist.get_world_size() > 1 or run.parallelism_config:
         dist.initialize_dist(run.device, timeout=run.dist_timeout)

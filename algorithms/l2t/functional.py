@@ -67,7 +67,9 @@ def removed_share(templates: Collection[Template], words: int) -> float:
 
 def counted(sentences: Collection[str], counts: Counter[str]) -> list[Template]:
     """A given list of sentences with their counts in a dataset, most frequent first."""
-    return sorted((Template(s, counts.get(s, 0)) for s in set(sentences)), key=lambda t: (-t.count, t.sentence))
+    return sorted(
+        (Template(s, counts.get(s, 0)) for s in set(sentences)), key=lambda t: (-t.count, t.sentence)
+    )
 
 
 def template_ids(templates: Collection[Template]) -> torch.Tensor:
@@ -125,9 +127,7 @@ def instruction_mask(
     return learnt & (place > last.gather(1, group))
 
 
-def l2t_labels(
-    labels: torch.Tensor, input_ids: torch.Tensor, learnt: torch.Tensor
-) -> torch.Tensor:
+def l2t_labels(labels: torch.Tensor, input_ids: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
     """Labels (B, L) with the instruction tokens of ``learnt`` added to those of ordinary instruction tuning."""
     return torch.where(learnt, input_ids, labels)
 
@@ -171,7 +171,9 @@ def normaliser(
     raise ValueError(f"normalisation '{normalisation}': use one of {', '.join(NORMALISATIONS)}")
 
 
-def visual_relevance(nll_with: torch.Tensor, nll_without: torch.Tensor, *, clip: tuple[float, float]) -> torch.Tensor:
+def visual_relevance(
+    nll_with: torch.Tensor, nll_without: torch.Tensor, *, clip: tuple[float, float]
+) -> torch.Tensor:
     """Weight of each token by what the picture tells about it: log p with minus log p without it, clipped.
 
     Args:

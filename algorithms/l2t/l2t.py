@@ -140,7 +140,9 @@ class L2T(VisionAlgorithm):
         """Copy the initial model, if tokens are weighed by what it sees in the picture."""
         if self.token_weights == "visual_relevance":
             if state.fsdp_config is not None:
-                raise UserError("algorithms.l2t: token_weights visual_relevance copies the model; not with FSDP2")
+                raise UserError(
+                    "algorithms.l2t: token_weights visual_relevance copies the model; not with FSDP2"
+                )
             self._frozen = Teacher(copy.deepcopy(model.net))
 
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
@@ -156,8 +158,11 @@ class L2T(VisionAlgorithm):
             if isinstance(chosen[0], UserError):
                 raise chosen[0]
             self.table, self.source_used = chosen[0]
+        assert self.table is not None
         self._ids = template_ids(self.table)
-        logger.log_hyperparameters({"l2t/templates": len(self.table), "l2t/template_source": self.source_used})
+        logger.log_hyperparameters(
+            {"l2t/templates": len(self.table), "l2t/template_source": self.source_used}
+        )
         if self._frozen is not None:
             self._frozen.to(next(model.parameters()).device)
 
@@ -197,7 +202,9 @@ class L2T(VisionAlgorithm):
         _, factor = normaliser(total[0], total[1], normalisation=self.normalisation, **options)
         declare(batch, "lm", z)
         if self.normalisation == "separate":
-            batch["loss_weights"] = torch.where(instruction, batch["loss_weights"] * factor, batch["loss_weights"]).float()
+            batch["loss_weights"] = torch.where(
+                instruction, batch["loss_weights"] * factor, batch["loss_weights"]
+            ).float()
 
     def before_forward(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Weigh instruction tokens by what the picture tells the frozen model about them."""
@@ -209,11 +216,14 @@ class L2T(VisionAlgorithm):
         blind = self._frozen(batch, Step(batch, visibility={"hidden": hidden}))["nll"]
         weight = visual_relevance(seen, blind, clip=self.relevance_clip)
         instruction = batch["label_roles"] == Role.INSTRUCTION
-        batch["label_weights"] = torch.where(instruction, batch["label_weights"] * weight, batch["label_weights"])
+        batch["label_weights"] = torch.where(
+            instruction, batch["label_weights"] * weight, batch["label_weights"]
+        )
 
     def after_loss(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Add up the losses of instruction (first and later turns) and response, without waiting for the device."""
-        batch, nll = state.batch, state.outputs["nll"].detach()
+        outputs: Any = state.outputs
+        batch, nll = state.batch, outputs["nll"].detach()
         real = batch["label_weights"] > 0
         instruction = real & (batch["label_roles"] == Role.INSTRUCTION)
         later = batch["label_turns"] > 0
@@ -265,7 +275,9 @@ class L2T(VisionAlgorithm):
         else:
             assert counts is not None
             if source == "dataset" and not counts.templates:
-                raise UserError("algorithms.l2t: the dataset declares no templates of its own; use template_source: frequency")
+                raise UserError(
+                    "algorithms.l2t: the dataset declares no templates of its own; use template_source: frequency"
+                )
             if counts.templates and source in ("auto", "dataset"):
                 table, source = counted(counts.templates, counts.counts), "dataset"
             else:
@@ -282,7 +294,7 @@ class L2T(VisionAlgorithm):
 
     def _counts(self, dataset: Any, asked: bool) -> SentenceCounts | None:
         read = getattr(dataset, "sentence_counts", None)
-        counts = read(sample=self.template_sample) if callable(read) else None
+        counts: Any = read(sample=self.template_sample) if callable(read) else None
         if counts is None and asked:
             raise UserError(
                 "algorithms.l2t: no sentence counts beside the training data; make them with `opsin data templates "

@@ -51,7 +51,9 @@ def llava(hf: Any) -> Anatomy:
     """Anatomy of ``LlavaForConditionalGeneration``."""
     layer = hf.config.vision_feature_layer
     if not isinstance(layer, int):
-        raise UserError(f"vision_feature_layer {layer}: Opsin reads one layer of the vision tower, not several")
+        raise UserError(
+            f"vision_feature_layer {layer}: Opsin reads one layer of the vision tower, not several"
+        )
     return Anatomy(
         family="llava",
         vision_tower=("model.vision_tower",),

@@ -68,9 +68,13 @@ class LlavaNextImages(ImageEncoder):
             return {}
         most = max(i.pixels[PIXEL_KEY].shape[1] for i in images)
         tiles = [
-            F.pad(i.pixels[PIXEL_KEY], (0, 0, 0, 0, 0, 0, 0, most - i.pixels[PIXEL_KEY].shape[1])) for i in images
+            F.pad(i.pixels[PIXEL_KEY], (0, 0, 0, 0, 0, 0, 0, most - i.pixels[PIXEL_KEY].shape[1]))
+            for i in images
         ]
-        return {PIXEL_KEY: torch.cat(tiles), "image_sizes": torch.cat([i.pixels["image_sizes"] for i in images])}
+        return {
+            PIXEL_KEY: torch.cat(tiles),
+            "image_sizes": torch.cat([i.pixels["image_sizes"] for i in images]),
+        }
 
 
 def llava_next_pictures(batch: dict[str, torch.Tensor], processor: Any) -> Pictures:

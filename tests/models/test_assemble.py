@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from opsin.models.assemble import llava_from_parts, llava_processor, load_vision_tower
+from opsin.models.errors import UserError
+from opsin.models.towers import TokenTower
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -21,10 +24,6 @@ from transformers import (
     SiglipVisionModel,
 )
 from zoo import picture, tokenizer
-
-from opsin.models.assemble import llava_from_parts, llava_processor, load_vision_tower
-from opsin.models.errors import UserError
-from opsin.models.towers import TokenTower
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,

@@ -6,24 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from opsin.models.errors import UserError
+from opsin.models.timm_maps import build
+from opsin.models.towers import TokenTower, TokenTowerConfig
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from opsin.models import towers
-from opsin.models.errors import UserError
-from opsin.models.towers import TokenTower, TokenTowerConfig
-
 IMAGE_TOKEN = 7
-SWIN = "swin_tiny_patch4_window7_224"
 NETWORKS = {
     # name -> arguments, channels a token, side of the grid
     "test_efficientnet": ({"image_size": 64, "stages": ["head", 3], "rgb": True}, 256 + 48 + 3, 2),
     "test_resnet": ({"image_size": 64, "stages": [-1, 0], "patch_size": 16}, 96 + 32, 4),
     "test_vit": ({"image_size": 64, "stages": ["head", -2]}, 64 + 64, 4),
-    SWIN: ({"image_size": 64, "stages": ["head", 2], "patch_size": 16}, 768 + 384, 4),
+    # maps with channels last
+    "test_mambaout": ({"image_size": 64, "stages": ["head", 2], "patch_size": 16}, 64 + 48, 4),
+    # buffers that no checkpoint holds
+    "test_vit_relpos": ({"image_size": 160, "stages": ["head"]}, 96, 10),
 }
-# Maps with channels last, buffers that no checkpoint holds; timm has no tiny one.
-networks = pytest.mark.parametrize("name", [*list(NETWORKS)[:-1], pytest.param(SWIN, marks=pytest.mark.slow)])
+networks = pytest.mark.parametrize("name", NETWORKS)
 
 
 def tower(name: str) -> TokenTower:
@@ -60,13 +60,17 @@ def llava(vision: TokenTower) -> LlavaForConditionalGeneration:
 @torch.no_grad()
 def test_tokens_and_hugging_face_form(name: str):
     vision, (_, channels, side) = tower(name), NETWORKS[name]
-    config = vision.config
-    assert (config.hidden_size, config.grid, config.patch_size) == (channels, (side, side), 64 // side)
-    out = vision(pictures(), output_hidden_states=True, return_dict=True)
+    config, x = vision.config, pictures(size=vision.config.image_size)
+    assert (config.hidden_size, config.grid, config.patch_size) == (
+        channels,
+        (side, side),
+        x.shape[-1] // side,
+    )
+    out = vision(x, output_hidden_states=True, return_dict=True)
     assert out.last_hidden_state.shape == (2, side * side, channels)
     assert out.hidden_states[-1] is out.last_hidden_state
     assert out.pooler_output.shape == (2, channels)
-    assert torch.equal(vision(pictures(), return_dict=False)[0], out.last_hidden_state)
+    assert torch.equal(vision(x, return_dict=False)[0], out.last_hidden_state)
 
 
 @torch.no_grad()
@@ -100,11 +104,12 @@ def test_vit_tokens_have_no_class_token():
 @networks
 @torch.no_grad()
 def test_llava_round_trip(name: str, tmp_path: Path):
-    model = llava(tower(name))
+    vision = tower(name)
+    model = llava(vision)
     count = NETWORKS[name][2] ** 2
     inputs = {
         "input_ids": torch.tensor([[1] + [IMAGE_TOKEN] * count + [2, 3]] * 2),
-        "pixel_values": pictures(),
+        "pixel_values": pictures(size=vision.config.image_size),
     }
     logits = model(**inputs).logits
     blind = model(input_ids=inputs["input_ids"], pixel_values=torch.zeros_like(inputs["pixel_values"])).logits
@@ -130,6 +135,29 @@ def test_tower_alone_round_trip(tmp_path: Path):
 def test_no_parameters_beyond_timms():
     vision = tower("test_efficientnet")
     assert all(name.startswith("net.") for name in vision.state_dict())
+
+
+@torch.no_grad()
+def test_standardised_tokens(tmp_path: Path):
+    raw = tower("test_efficientnet")
+    arguments = {**NETWORKS["test_efficientnet"][0], "standardise": True}
+    vision = TokenTower.from_timm("test_efficientnet", weights=None, **arguments)
+    vision.net.load_state_dict(raw.net.state_dict())
+    tokens = raw(pictures(32)).last_hidden_state
+    torch.testing.assert_close(vision(pictures(32)).last_hidden_state, tokens)  # no statistics yet
+    for _ in range(2):
+        vision.fit_statistics(pictures(32))
+    torch.testing.assert_close(vision.token_mean, tokens.mean((0, 1)))
+    with pytest.raises(UserError, match="build it with standardise=True"):
+        raw.fit_statistics(pictures())
+    standard = vision(pictures(32)).last_hidden_state
+    assert float(standard.mean((0, 1)).abs().max()) < 1e-3
+    varied = tokens.std((0, 1)) > 0.01
+    assert varied.any()
+    torch.testing.assert_close(standard.std((0, 1))[varied], torch.ones(int(varied.sum())))
+    assert float(standard.std((0, 1)).max()) < 1.001
+    vision.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(pictures(32)).last_hidden_state, standard)
 
 
 def test_frozen_tower_keeps_its_statistics():
@@ -166,7 +194,7 @@ def test_registration_is_idempotent():
 
 @torch.no_grad()
 def test_weights_from_a_file(tmp_path: Path):
-    source = towers._build("test_vit", 160)
+    source = build("test_vit", 160)
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     vision = TokenTower.from_timm("test_vit", tmp_path / "vit.safetensors", image_size=160)
     assert not vision.training
@@ -220,15 +248,20 @@ def test_efficientnet_lite0():
     assert sum(p.double().abs().sum().item() for p in vision.parameters()) == pytest.approx(
         241_007.93, rel=1e-6
     )
+    # On ImageNet every channel would have mean 0 and deviation 1; noise is not far from it.
+    spread = (
+        vision(torch.randn(4, 3, 128, 128).clamp(-1, 1)).last_hidden_state[..., :1392].square().mean().sqrt()
+    )
+    assert 0.3 < float(spread) < 3
     # A smooth picture with one edge; golden values of this tower, whose classifier names photographs rightly.
     ramp = torch.linspace(-1, 1, 128)
     x = torch.stack(
         [ramp.expand(128, 128), ramp[:, None].expand(128, 128), (ramp > 0).float().expand(128, 128)]
     )[None]
     tokens = vision(x).last_hidden_state
-    assert float(tokens[..., :1280].mean()) == pytest.approx(0.0571277, rel=1e-3)
-    assert float(tokens[..., 1280:1392].std()) == pytest.approx(5.81252, rel=1e-3)
-    torch.testing.assert_close(tokens[0, :, 1392:], F.avg_pool2d(x, 32)[0].flatten(1).T)
+    assert float(tokens[..., :1280].mean()) == pytest.approx(-0.172458, rel=1e-3)
+    assert float(tokens[..., 1280:1392].std()) == pytest.approx(0.897674, rel=1e-3)
+    torch.testing.assert_close(tokens[0, :, 1392:], 2 * F.avg_pool2d(x, 32)[0].flatten(1).T)
 
 
 @needs_weights

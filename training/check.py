@@ -1,0 +1,98 @@
+"""``opsin train --check``: everything built and shown, nothing trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from composer.core import Engine, Event, State
+from composer.devices import DeviceCPU
+from composer.loggers import Logger
+from rich.console import Console
+from rich.table import Table
+
+from ..models.errors import UserError
+from ..models.parts import count_parameters, parameter_groups
+from .builders import algorithms_of_stage, build_optimizer, build_scheduler, mapped
+from .config import Loaded
+from .registry import callbacks as callback_registry
+from .registry import loggers as logger_registry
+from .run_folder import RunFolder
+from .stage_run import build_collator, build_dataset, build_model, first_samples, parallelism
+from .stages import Stage, resolve
+
+
+def check(loaded: Loaded, console: Console) -> None:
+    """Build every stage (big models on the meta device), attach the methods' heads, look at two samples.
+
+    Nothing is written, no data is made, and weights are not read.
+
+    Raises:
+        UserError: whatever would stop the run for a reason that can be mended.
+    """
+    run = loaded.run
+    stages = resolve(loaded)
+    folder = RunFolder(run.run_root, run.run_name)
+    parallelism(loaded)
+    mapped(callback_registry, run.callbacks, loaded.where, "callbacks")
+    for name in run.loggers:
+        logger_registry.get(name, loaded.where("loggers", name))
+    for stage in stages:
+        _check_stage(loaded, stage, folder, [s.name for s in stages], console)
+
+
+def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console) -> None:
+    config = stage.config
+    where = lambda *key: stage.where(loaded, *key)  # noqa: E731
+    earlier = stage.start is not None and stage.start.path in names
+    source = Stage(stage.name, config, stage.path, "", None) if earlier else stage
+    model = build_model(loaded, source, folder, names, meta=True)
+    lr = float(config.optimizer.get("lr", 2.0e-5))
+    optimizer = build_optimizer(config, parameter_groups(model, lr, config.lr_by_part, 0.0), where)
+    build_scheduler(config, where)
+    algorithms = algorithms_of_stage(loaded, stage.name)
+    state = State(
+        rank_zero_seed=loaded.run.seed,
+        algorithms=list(algorithms.values()),
+        model=model,
+        device=DeviceCPU(),
+        optimizers=optimizer,
+        device_train_microbatch_size=1,
+        run_name=loaded.run.run_name,
+    )
+    Engine(state=state, logger=Logger(state)).run_event(Event.INIT)
+    table = Table(title=f"stage {stage.name}", title_justify="left", show_edge=False)
+    for column in ("part", "trainable", "frozen", "learning rate"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    rates = {g.get("part"): g["lr"] for g in optimizer.param_groups}
+    for count in count_parameters(model):
+        rate = f"{rates[count.part]:g}" if count.part in rates else "-"
+        table.add_row(count.part, f"{count.trainable:,}", f"{count.frozen:,}", rate)
+    console.print(table)
+    used = ", ".join(f"{n}{' (off)' if getattr(a, 'is_off', bool)() else ''}" for n, a in algorithms.items())
+    console.print(f"methods: {used or 'none'}")
+    console.print(_data(loaded, stage, model))
+
+
+def _data(loaded: Loaded, stage: Stage, model: Any) -> str:
+    """Tokens a step and steps, from the index and two samples; says so when the data cannot be reached."""
+    config = stage.config
+    prepared = {s.get("out") for kind in ("scenes", "easy_vqa") for s in getattr(loaded.run.prepare, kind)}
+    dataset_config = config.train_loader.dataset
+    try:
+        dataset = build_dataset(dataset_config, 1, loaded.run.seed)
+    except UserError as error:
+        if dataset_config.remote in prepared:
+            return f"data: {dataset_config.remote} is not there yet; the run will make it (prepare)"
+        if "://" in str(dataset_config.remote):
+            return f"data: not reachable from here, so steps and tokens are not known ({error})"
+        raise UserError(f"{stage.where(loaded, 'train_loader', 'dataset')}: {error}") from error
+    collator = build_collator(model, stage, config.train_loader)
+    batch = collator(first_samples(dataset, 8))
+    used = max(1, int((batch["sample_status"] == 0).sum()))
+    tokens = int(batch["attention_mask"].sum()) / used
+    steps = dataset.num_samples // config.global_train_batch_size
+    return (
+        f"data: {dataset.num_samples:,} samples, about {tokens:.0f} tokens each, "
+        f"{tokens * config.global_train_batch_size:,.0f} tokens a step, {steps:,} steps an epoch, "
+        f"trained for {config.max_duration}"
+    )

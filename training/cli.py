@@ -1,0 +1,245 @@
+"""The command line: ``opsin train``, ``opsin data ...``, ``opsin eval``, ``opsin generate``, ``opsin export``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+from ..models.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
+app.add_typer(data_app, name="data")
+
+DEBUG = typer.Option("--debug", help="Show tracebacks of errors that you can mend, too.")
+_debug = False
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one line and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except UserError as error:
+        _report(error)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:  # a refusal in a worker or callback arrives wrapped
+            if isinstance(cause, UserError):
+                _report(cause)
+            cause = cause.__cause__
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+
+
+def _report(error: UserError) -> None:
+    if _debug:
+        raise error
+    print(f"opsin: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, DEBUG] = False) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def train(
+    config: Annotated[
+        list[str], typer.Argument(help="YAML files, merged left to right, then key=value arguments.")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Build everything without training, and show it.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration.")
+    ] = False,
+    debug: Annotated[bool, DEBUG] = False,
+) -> None:
+    """Train the stages of a YAML: opsin train a.yaml b.yaml key=value ..."""
+    global _debug
+    _debug = _debug or debug
+    from .config import load, to_yaml
+
+    files = [c for c in config if "=" not in c]
+    loaded = load(files, [c for c in config if "=" in c])
+    console = Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0)
+    if print_config:
+        print(to_yaml(loaded.run), end="")
+        return
+    if check:
+        from .check import check as run_check
+
+        print(to_yaml(loaded.run), end="")
+        run_check(loaded, console)
+        return
+    from .train import train as run_train
+
+    folder = run_train(loaded, console)
+    console.print(f"run folder: {folder.path}")
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="Show this method's keywords.")] = None,
+) -> None:
+    """List the methods, or the keywords of one."""
+    from .listing import show_algorithm, show_algorithms
+
+    console = Console()
+    if name is None:
+        show_algorithms(console)
+    else:
+        show_algorithm(console, name)
+
+
+@app.command()
+def registry(name: Annotated[str | None, typer.Argument(help="One registry.")] = None) -> None:
+    """List everything that a YAML can name: models, data, callbacks, loggers, optimizers, schedulers."""
+    from .listing import show_registries
+
+    show_registries(Console(), name)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    remote: Annotated[str | None, typer.Option(help="Score this dataset instead of the run's own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first samples.")] = None,
+) -> None:
+    """Score a finished run: accuracy by kind of question, beside the same model blind."""
+    from .finished import evaluate_run
+
+    evaluate_run(Path(run), remote, limit, Console())
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture; may be given several times.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Default: as the run was trained, else vicuna_v1.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option()] = 64,
+) -> None:
+    """Ask a model about pictures."""
+    from .finished import ask
+
+    print(ask(model, prompt, image or [], chat_template, max_new_tokens))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Write a run's model as an ordinary Hugging Face folder, and check that plain transformers gives the same logits."""
+    from .finished import export_run
+
+    export_run(Path(run), out, Console(stderr=True))
+
+
+@app.command()
+def version() -> None:
+    """Versions of Opsin and of what it stands on."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    print(f"opsin {__version__}")
+    for package in (
+        "mosaicml",
+        "mosaicml-streaming",
+        "torch",
+        "transformers",
+        "diffusers",
+        "timm",
+        "omegaconf",
+    ):
+        try:
+            print(f"{package} {installed(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed")
+
+
+@data_app.command("scenes")
+def data_scenes(
+    out: Annotated[str, typer.Option(help="New folder, or s3://bucket/folder.")],
+    samples: Annotated[int, typer.Option(help="How many.")] = 1000,
+    split: Annotated[str, typer.Option()] = "train",
+    stream: Annotated[str, typer.Option(help="vqa, caption, text, text_caption, text_skill")] = "vqa",
+    seed: Annotated[int, typer.Option()] = 17,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of data.scenes.SceneConfig.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 0,
+) -> None:
+    """Procedural scenes with exact facts."""
+    from .data_commands import scenes
+
+    scenes(out, samples, split, stream, seed, set_ or [], workers)
+
+
+@data_app.command("easy-vqa")
+def data_easy_vqa(
+    out: Annotated[str, typer.Option(help="New folder.")],
+    split: Annotated[str, typer.Option(help="train or test")] = "train",
+    limit: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """The pictures and questions of the easy-vqa package (opsin[real])."""
+    from ..data.convert.easy_vqa import write
+
+    written = write(out, split, limit=limit)
+    print(f"{written} samples in {out}")
+
+
+@data_app.command("templates")
+def data_templates(
+    remote: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
+    top: Annotated[int, typer.Option(help="Sentences to show.")] = 30,
+) -> None:
+    """Count the instruction sentences of a dataset, and write the counts beside its index."""
+    from .data_commands import templates
+
+    templates(remote, top, Console())
+
+
+@data_app.command("inspect")
+def data_inspect(
+    remote: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
+    samples: Annotated[int, typer.Option(help="Samples to show.")] = 3,
+) -> None:
+    """Show what is in a dataset: sizes, kinds, first samples, frequent sentences."""
+    from .data_commands import inspect
+
+    inspect(remote, samples, Console())
+
+
+@data_app.command("language-model")
+def data_language_model(
+    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    steps: Annotated[int, typer.Option()] = 1200,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train the language model of scenes_llava on text alone (how the shipped weights were made)."""
+    from .language_model import train_language_model
+
+    train_language_model(out, steps=steps, seed=seed, console=Console(stderr=True))
+
+
+if __name__ == "__main__":
+    main()

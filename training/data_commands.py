@@ -1,0 +1,101 @@
+"""``opsin data ...``: make datasets, count their sentences, look into them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..data.schema import IMAGE_MARK, unpack_images
+from ..data.sentences import SIDECAR, SentenceCounts, dataset_hash
+from ..models.errors import UserError
+from .builders import construct
+
+
+def scenes(
+    out: str, samples: int, split: str, stream: str, seed: int, settings: list[str], workers: int
+) -> None:
+    """Write scenes, with a progress bar."""
+    from ..data.scenes import SceneConfig, write
+
+    chosen: Any = OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+    config = construct(SceneConfig, chosen, lambda key: f"--set {key}" if key else "--set")
+    with Progress(transient=True) as bar:
+        task = bar.add_task(out, total=samples)
+        counts = write(
+            out, config=config, seed=seed, split=split, stream=stream, samples=samples, workers=workers,
+            progress=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+    print(f"{samples} samples in {out}, {counts.turns} user turns with pictures")
+
+
+def templates(remote: str, top: int, console: Console) -> None:
+    """Read all user turns of samples with pictures, write ``sentences.json`` beside the index, show the frequent ones."""
+    from ..data.streaming import StreamingVLMDataset
+
+    dataset = StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False)
+    stream = dataset.streams[0]
+    index = Path(stream.local) / stream.split / "index.json"
+    counts = SentenceCounts(dataset=dataset_hash(index.read_bytes()))
+    with Progress(transient=True) as bar:
+        for i in bar.track(range(dataset.num_samples), description=remote):
+            conversation = dataset[i]["conversations"]
+            if any(IMAGE_MARK in t.get("value", "") for t in conversation):
+                counts.add(conversation)
+    if stream.remote is None:
+        counts.save(index.with_name(SIDECAR))
+    else:
+        _upload(counts, remote)
+    table = Table(
+        title=f"{remote}: {counts.turns} user turns, {len(counts.counts)} different sentences",
+        title_justify="left",
+    )
+    for column in ("turns", "share of words", "sentence"):
+        table.add_column(column, justify="left" if column == "sentence" else "right")
+    for sentence, count in counts.counts.most_common(top):
+        share = count * len(sentence.split()) / max(counts.words, 1)
+        table.add_row(str(count), f"{share:.1%}", sentence)
+    console.print(table)
+
+
+def _upload(counts: SentenceCounts, remote: str) -> None:
+    from streaming.base.storage.upload import CloudUploader
+
+    with tempfile.TemporaryDirectory() as folder:
+        counts.save(Path(folder) / SIDECAR)
+        uploader = CloudUploader.get((folder, remote), exist_ok=True)
+        uploader.upload_file(SIDECAR)
+
+
+def inspect(remote: str, samples: int, console: Console) -> None:
+    """Sizes, kinds and first samples of a dataset."""
+    from ..data.streaming import StreamingVLMDataset
+
+    dataset = StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False)
+    looked = min(dataset.num_samples, 1000)
+    kinds: Counter[str] = Counter()
+    pictures = turns = 0
+    for i in range(looked):
+        sample = dataset[i]
+        kinds.update(map(str, (sample["meta"] or {}).get("kinds", [])))
+        pictures += len(unpack_images(sample["images"]))
+        turns += len(sample["conversations"]) // 2
+    console.print(
+        f"{remote}: {dataset.num_samples} samples in {dataset.num_shards} shards; of the first {looked}: "
+        f"{pictures / looked:.2f} pictures and {turns / looked:.2f} exchanges each"
+    )
+    if kinds:
+        console.print("kinds: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
+    for i in range(min(samples, dataset.num_samples)):
+        sample = dataset[i]
+        console.rule(sample["id"])
+        for turn in sample["conversations"]:
+            console.print(f"[bold]{turn['from']}[/bold]: {turn['value']}")
+    if not dataset.num_samples:
+        raise UserError(f"{remote}: no samples")

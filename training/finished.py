@@ -1,0 +1,223 @@
+"""What one does with a finished run: score it, ask it, give it away."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+
+from ..data.chat import TEMPLATES
+from ..data.collate import VLMCollator
+from ..data.loader import build_encoder
+from ..data.schema import IMAGE_MARK, pack_images
+from ..evaluation.adapter import VLMAdapter
+from ..models.errors import UserError, nearest
+from ..models.export import describe, load_model
+from ..models.vlm import VisionLanguageModel
+from .config import Loaded, load
+from .run_folder import RunFolder
+from .schema import DatasetConfig, EvaluationConfig
+from .stages import Stage, resolve
+
+
+def open_run(path: Path) -> tuple[Loaded, Stage, RunFolder]:
+    """Configuration, last stage and folder of a finished run.
+
+    Raises:
+        UserError: it is no run folder, or the run did not finish.
+    """
+    if not (path / "config.yaml").is_file():
+        runs = (
+            [p.name for p in path.parent.glob("*") if (p / "config.yaml").is_file()]
+            if path.parent.is_dir()
+            else []
+        )
+        raise UserError(f"{path}: no run folder (no config.yaml){nearest(path.name, runs)}")
+    loaded = load([str(path / "config.yaml")])
+    stage = resolve(loaded)[-1]
+    folder = RunFolder(path.resolve().parent, path.resolve().name)
+    if not (folder.model / "config.json").is_file():
+        raise UserError(
+            f"{path}: this run has not finished (no model); go on with `opsin train {path / 'config.yaml'}`"
+        )
+    return loaded, stage, folder
+
+
+def evaluate_run(path: Path, remote: str | None, limit: int | None, console: Console) -> None:
+    """Score a run's model on its own or another dataset; the table is printed, the run's summary updated for its own."""
+    from ..evaluation.packed import score as _  # noqa: F401  (import errors early)
+    from .train import evaluate
+
+    loaded, stage, folder = open_run(path)
+    config = loaded.run.evaluation
+    if remote is not None:
+        reference = None if config is None else config.majority_from
+        config = EvaluationConfig(
+            dataset=DatasetConfig(remote=remote, shuffle=False), majority_from=reference, pictures=0
+        )
+    if config is None:
+        raise UserError(f"{path}: the run names no evaluation data; give --remote FOLDER")
+    if limit is not None:
+        config.limit = limit
+    if remote is not None:
+        folder = _Elsewhere(folder)  # another dataset's scores do not replace the run's own
+    evaluate(loaded, stage, folder, config, console, started=time.time())
+
+
+class _Elsewhere(RunFolder):
+    """A run folder whose summary is not to be touched."""
+
+    def __init__(self, folder: RunFolder):
+        self.__dict__.update(folder.__dict__)
+        self.summary = folder.path / "eval" / time.strftime("%Y%m%d-%H%M%S.json")
+        self.summary.parent.mkdir(exist_ok=True)
+
+
+def ask(
+    source: str,
+    prompt: str,
+    pictures: Sequence[Path],
+    template: str | None,
+    max_new_tokens: int,
+    **options: Any,
+) -> str:
+    """One greedy answer.
+
+    Args:
+        source: run folder, model folder or hub name.
+        prompt: what to ask.
+        pictures: files; they stand before the words, in order.
+        template: chat template; None: that of the run, else ``vicuna_v1``.
+        max_new_tokens: longest answer.
+        options: further arguments of transformers' ``generate``.
+    """
+    model, collator = open_model(source, template)
+    encoded = []
+    for path in pictures:
+        try:
+            with Image.open(path) as image:
+                buffer = io.BytesIO()
+                image.convert("RGB").save(buffer, "PNG")
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(
+                f"--image {path}: {getattr(error, 'strerror', None) or 'no picture that can be read'}"
+            ) from error
+        encoded.append(buffer.getvalue())
+    sample = {
+        "id": "prompt",
+        "conversations": [
+            {"from": "human", "value": f"{IMAGE_MARK}\n" * len(encoded) + prompt},
+            {"from": "gpt", "value": ""},
+        ],
+        "images": pack_images(encoded),
+        "meta": {},
+    }
+    return VLMAdapter(model, collator, max_new_tokens=max_new_tokens).answers([sample], **options)[0][0]
+
+
+def open_model(source: str, template: str | None) -> tuple[VisionLanguageModel, VLMCollator]:
+    """A model from a run folder, a model folder or a hub name, with the collator it was trained with."""
+    path = Path(source)
+    system, name = None, template or "vicuna_v1"
+    if (path / "config.yaml").is_file():
+        _, stage, folder = open_run(path)
+        path, name = folder.model, template or stage.config.chat_template
+        system = stage.config.system_prompt
+    elif path.is_dir() and template is None:
+        name = describe(path).get("chat_template", name)
+    if name not in TEMPLATES:
+        raise UserError(f"--chat-template '{name}': unknown{nearest(name, TEMPLATES)}")
+    model = load_model(str(path))
+    length = getattr(model.hf.config.get_text_config(), "max_position_embeddings", 2048)
+    encoder = build_encoder(
+        model.processor, model.hf.config, template=name, system_prompt=system, max_seq_len=length
+    )
+    return model, VLMCollator(encoder)
+
+
+def export_run(path: Path, out: Path, console: Console) -> None:
+    """Copy a run's model as a Hugging Face folder and compare plain transformers with ours on three samples."""
+    from transformers import AutoModelForImageTextToText
+
+    from .stage_run import build_collator, copy_model, first_samples
+    from .train import build_dataset
+
+    loaded, stage, folder = open_run(path)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty; choose a new folder")
+    copy_model(folder.model, out)
+    ours = load_model(out)
+    plain = AutoModelForImageTextToText.from_pretrained(out)
+    collator = build_collator(ours, stage, stage.config.train_loader)
+    config = loaded.run.evaluation.dataset if loaded.run.evaluation else stage.config.train_loader.dataset
+    samples = first_samples(build_dataset(config, 1, loaded.run.seed), 3)
+    difference = largest_difference(ours, plain, collator, samples)
+    if ours.net.bidirectional_images:
+        console.print(
+            f"{out}: images of this model see themselves bidirectionally, which plain from_pretrained does not know: its "
+            f"logits differ by up to {difference:.2g} on {len(samples)} samples. Load it with opsin.models.export.load_model."
+        )
+    elif difference > 1e-4:
+        raise UserError(
+            f"{out}: plain transformers gives other logits (by {difference:.2g}); the export is not usable"
+        )
+    else:
+        console.print(
+            f"{out}: plain transformers gives the same logits on {len(samples)} samples (largest difference {difference:.1g})"
+        )
+    write_card(out, loaded, difference if ours.net.bidirectional_images else None)
+
+
+@torch.no_grad()
+def largest_difference(
+    ours: VisionLanguageModel, plain: Any, collator: VLMCollator, samples: Sequence[dict[str, Any]]
+) -> float:
+    """Largest difference of logits between our forward pass and the stock model's, one sample at a time."""
+    from ..data.prompts import prompts_of
+    from ..models.geometry import PER_IMAGE_KEYS, PIXEL_KEY
+
+    worst = 0.0
+    for model in (ours.net, plain):
+        model.eval()
+    for sample in samples:
+        prompt = prompts_of(collator.encoder, sample)[0]
+        batch = VLMCollator(collator.encoder, pad_to_multiple_of=1).layout([prompt.document])
+        pixels = {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
+        theirs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **pixels).logits
+        mine = ours.logits(batch)
+        worst = max(worst, float((theirs - mine).abs().max()))
+    return worst
+
+
+def write_card(out: Path, loaded: Loaded, difference: float | None) -> None:
+    """A model card: what it is, how it was trained, how to load it."""
+    from .. import __version__
+    from .builders import enabled_algorithms
+
+    methods = ", ".join(enabled_algorithms(loaded)) or "none"
+    loader = "`AutoModelForImageTextToText.from_pretrained(folder)`"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        f"# {loaded.run.run_name}",
+        "",
+        f"Trained with Opsin {__version__}; methods: {methods}; seed {loaded.run.seed}.",
+        "",
+    ]
+    if difference is None:
+        lines += [f"Load it with {loader}: same logits as in training."]
+    else:
+        lines += [
+            "Visual tokens of this model see all tokens of their own image. Plain transformers does not know that: with "
+            f"{loader} logits differ by up to {difference:.2g} on three samples. Load it with "
+            "`opsin.models.export.load_model(folder)`."
+        ]
+    (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
