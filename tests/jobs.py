@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import zoo
 from composer import Callback, Trainer
+from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from opsin.data.batch import vlm_data_spec
 from opsin.data.chat import chat_template
@@ -67,8 +68,23 @@ def mixed_samples(count: int, images: str = "mixed") -> list[dict]:
     return samples
 
 
+class Logged(LoggerDestination):
+    """What is logged, a dict a step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._now: dict[str, float] = {}
+
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        self._now.update({k: float(v) for k, v in metrics.items()})
+
+    def batch_checkpoint(self, state: Any, logger: Any) -> None:
+        self.steps.append(self._now)
+        self._now = {}
+
+
 class Record(Callback):
-    """Losses and a digest of gradients of every step."""
+    """Losses and gradients of every step."""
 
     def __init__(self) -> None:
         self.losses: list[dict[str, float]] = []
@@ -135,7 +151,7 @@ def train(
     loader = DataLoader(
         dataset, batch_size=device_batch, collate_fn=collator(built, packing=packing, **options)
     )
-    record = Record()
+    record, logged = Record(), Logged()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, {}, 0.0))
     config = None
     if parallel == "fsdp2":
@@ -148,6 +164,7 @@ def train(
         optimizers=optimizer,
         algorithms=[_make(name, kwargs) for name, kwargs in algorithms],
         callbacks=[record],
+        loggers=[logged],
         max_duration=f"{steps}ba",
         device="cpu",
         precision=precision,
@@ -165,6 +182,7 @@ def train(
     fit.fit()
     result = {
         "losses": record.losses,
+        "logged": logged.steps,
         "gradients": record.gradients,
         "weights": weights_of(fit.state.model),
         "fsdp": fsdp_on,

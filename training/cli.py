@@ -90,7 +90,21 @@ def train(
     from .train import train as run_train
 
     folder = run_train(loaded, console)
-    console.print(f"run folder: {folder.path}")
+    console.print(f"run folder: {folder.path}", soft_wrap=True)
+    if folder.samples.is_file():
+        console.print(f"held-out pictures with question, gold and predicted answer: {folder.samples}", soft_wrap=True)
+    for command in next_commands(files, folder.path):
+        console.print(f"next: {command}", soft_wrap=True, highlight=False)
+
+
+def next_commands(files: list[str], run: Path) -> list[str]:
+    """Three things to try after a run."""
+    again = " ".join(files)
+    return [
+        f"opsin train {again} algorithms.l2t=false run_name={run.name}-without-l2t",
+        f'opsin generate {run} "What colour is the object?" --image PICTURE.png',
+        f"opsin export {run} my-model    # an ordinary Hugging Face folder",
+    ]
 
 
 @app.command()
