@@ -75,10 +75,14 @@ def exchanges(conversation: Sequence[dict[str, str]]) -> tuple[str | None, list[
     Raises:
         BadConversation: turns do not alternate, or the last response is missing.
     """
+    if not isinstance(conversation, list | tuple) or not all(isinstance(t, dict) for t in conversation):
+        raise BadConversation("conversations is no list of turns")
     turns = list(conversation)
     system = None
     if turns and turns[0].get("from") == "system":
-        system = turns.pop(0)["value"]
+        system = turns.pop(0).get("value")
+        if not isinstance(system, str):
+            raise BadConversation("the system turn has no text in 'value'")
     if not turns or len(turns) % 2:
         raise BadConversation(f"{len(turns)} turns are no sequence of question and answer")
     pairs = []
@@ -91,6 +95,24 @@ def exchanges(conversation: Sequence[dict[str, str]]) -> tuple[str | None, list[
             raise BadConversation("a turn has no text in 'value'")
         pairs.append((human["value"], gpt["value"]))
     return system, pairs
+
+
+def asked_alone(users: Sequence[str]) -> list[str]:
+    """Independent questions about the pictures of the first one: each as it is asked alone, pictures in front.
+
+    Raises:
+        BadConversation: a later question shows pictures of its own, or the first has words before its last one
+            (what the others share would then not be what each of them is asked with).
+    """
+    if any(IMAGE_MARK in user for user in users[1:]):
+        raise BadConversation("independent turns: only the first may show pictures")
+    *before, words = users[0].split(IMAGE_MARK)
+    marks = f"{IMAGE_MARK}\n" * len(before)
+    if len(before) > 1:
+        if any(piece.strip() for piece in before):
+            raise BadConversation("independent turns: words stand before or between the pictures")
+        return [marks + words.lstrip(), *(marks + user for user in users[1:])]
+    return [users[0], *(marks + user for user in users[1:])]
 
 
 def user_segments(text: str, turn: int, placeholder: str, template: ChatTemplate) -> list[Segment]:
@@ -155,15 +177,13 @@ def render(
         _add(segments, template.user[0], Role.MARKER, turn)
         segments += user_segments(user, turn, placeholder, template)
         _add(segments, template.user[1], Role.MARKER, turn)
-        opened = open_response and turn == first_turn + len(pairs) - 1
-        _add(
-            segments,
-            template.assistant_prefix.rstrip(" ") if opened else template.assistant_prefix,
-            Role.MARKER,
-            turn,
-        )
-        if not opened:
-            _add(segments, assistant, Role.RESPONSE, turn)
+        # A generation prompt ends without the space, so the space is the model's to write: where it is a token
+        # of its own (Llama's before a digit), the token is learnt.
+        opening = template.assistant_prefix.rstrip(" ")
+        space = template.assistant_prefix[len(opening) :]
+        _add(segments, opening, Role.MARKER, turn)
+        if not open_response or turn < first_turn + len(pairs) - 1:
+            _add(segments, space + assistant, Role.RESPONSE, turn)
             _add(segments, template.assistant_end, Role.RESPONSE, turn)
             _add(segments, template.assistant_suffix, Role.MARKER, turn)
     return segments
@@ -195,7 +215,7 @@ def _jinja(template: ChatTemplate) -> str:
                 + "' }}{%- endif -%}"
             )
         out += (
-            "{%- if message['role'] == 'system' -%}{{ '"
+            "{%- if message['role'] == 'system' and message['content'] -%}{{ '"
             + text(template.system[0])
             + "' }}"
             + answer

@@ -116,7 +116,8 @@ class VLMCollator:
         multiple = self.pad_to_multiple_of
         length = max(-(-longest // multiple) * multiple, multiple)
         count, most = len(rows), max(1, max(len(row) for row in rows))
-        axes = next((d.position_ids.shape[:-1] for row in rows for d in row), ())
+        # From the family, not from the documents: a batch may have none.
+        axes = self.encoder.images.positions(np.empty(0, np.int64), []).shape[:-1]
         out: dict[str, np.ndarray] = {
             "input_ids": np.full((count, length), self.pad_token_id, np.int64),
             "attention_mask": np.zeros((count, length), np.int64),

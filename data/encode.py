@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..models.errors import UserError
 from ..models.geometry import EncodedImage, ImageEncoder
-from .chat import BadConversation, ChatTemplate, Segment, exchanges, render
+from .chat import BadConversation, ChatTemplate, Segment, asked_alone, exchanges, render
 from .schema import IMAGE_MARK, Role, stable_hash, unpack_images
 from .sentences import sentence_id, split_sentences
 
@@ -158,17 +158,22 @@ class ConversationEncoder:
             if not answer.strip():
                 raise Rejected(Status.EMPTY_ANSWER, f"exchange {turn} has no answer")
         pictures = self._pictures(sample, pairs)
-        meta = sample.get("meta") or {}
-        independent = self.turns == "independent" or (
-            self.turns == "meta" and meta.get("turns") == "independent"
-        )
         uid = sample.get("uid") or stable_hash(sample["id"])
-        if independent and len(pairs) > 1:
-            marks = [user.count(IMAGE_MARK) for user, _ in pairs]
-            if sum(marks[1:]):
-                raise Rejected(Status.BAD_CONVERSATION, "independent turns: only the first may show pictures")
-            return self._independent(system, pairs, pictures, uid, visit)
+        if len(pairs) > 1 and self.independent(sample):
+            try:
+                questions = asked_alone([user for user, _ in pairs])
+            except BadConversation as error:
+                raise Rejected(Status.BAD_CONVERSATION, str(error)) from error
+            alone = [(question, answer) for question, (_, answer) in zip(questions, pairs, strict=True)]
+            return self._independent(system, alone, pictures, uid, visit)
         return self._chained(system, pairs, pictures, uid, visit)
+
+    def independent(self, sample: Mapping[str, Any]) -> bool:
+        """Whether the exchanges of a sample are questions that do not build on each other."""
+        if self.turns == "meta":
+            meta = sample.get("meta")
+            return isinstance(meta, Mapping) and meta.get("turns") == "independent"
+        return self.turns == "independent"
 
     def prompt(self, system: str | None, pairs: list[tuple[str, str]], sample: Mapping[str, Any]) -> Document:
         """Exchanges whose last response is left open, for generation; the pictures are the sample's.
@@ -247,13 +252,9 @@ class ConversationEncoder:
         visit: int,
     ) -> Document:
         """Questions that share the picture: one trunk, one branch a question, each as if it stood alone."""
-        marks = f"{IMAGE_MARK}\n" * pairs[0][0].count(IMAGE_MARK)
         pieces = []
-        for turn, (user, answer) in enumerate(pairs):
-            question = user if turn == 0 else marks + user
-            segments = render(
-                system, [(question, answer)], self.template, self.images.placeholder, first_turn=turn
-            )
+        for turn, pair in enumerate(pairs):
+            segments = render(system, [pair], self.template, self.images.placeholder, first_turn=turn)
             pieces.append(self._tokenise(segments, images))
         trunk = _common_trunk(pieces)
         shared = pieces[0].cut(slice(0, trunk))
@@ -323,8 +324,12 @@ class ConversationEncoder:
             start += length
         encoded = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
         ids = np.asarray(encoded["input_ids"], np.int64)
-        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        first, last, empty = _character_span(text, offsets)
+        first, last, empty = _character_span(
+            text, np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        )
+        # The template says where a text ends; a tokenizer's own EOS would close a prompt that is to be answered.
+        end = len(ids) - int(np.argmin(empty[::-1])) if len(ids) else 0
+        ids, first, last, empty = ids[:end], first[:end], last[:end], empty[:end]
         inside = (role_of[first] == role_of[last]) & ~empty
         # A token that straddles two roles belongs to neither, so it is never learnt.
         roles = np.where(inside, role_of[first], np.int8(Role.MARKER)).astype(np.int8)
@@ -347,6 +352,9 @@ def _character_span(text: str, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
     # Index of the next character that is no white space.
     following = np.minimum.accumulate(np.where(np.append(space, False), len(text), index)[::-1])[::-1]
     start, end = offsets[:, 0], offsets[:, 1]
+    # Some tokenizers cut spaces off a token's span: one of spaces alone reaches back to the token before it.
+    before = np.concatenate([[0], np.maximum.accumulate(end)[:-1]])
+    start = np.where((end <= start) & (start > 0), before, start)
     empty = end <= start
     first = np.where(following[start] < end, following[start], start)
     return np.where(empty, len(text), first), np.where(empty, len(text), np.maximum(end - 1, 0)), empty

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from .chat import exchanges
+from .chat import asked_alone, exchanges
 from .collate import VLMCollator
 from .encode import ConversationEncoder, Document
-from .schema import IMAGE_MARK
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,12 @@ def prompts_of(encoder: ConversationEncoder, sample: dict[str, Any], index: int 
     Responses of the stored sample are never part of their own prompt.
     """
     system, pairs = exchanges(sample["conversations"])
-    independent = (sample.get("meta") or {}).get("turns") == "independent"
-    marks = f"{IMAGE_MARK}\n" * pairs[0][0].count(IMAGE_MARK)
-    prompts = []
-    for turn, (user, answer) in enumerate(pairs):
-        alone = [(user if turn == 0 else marks + user, answer)]
-        asked = alone if independent else pairs[: turn + 1]
-        prompts.append(Prompt(index, turn, encoder.prompt(system, asked, sample)))
-    return prompts
+    if encoder.independent(sample):
+        questions = asked_alone([user for user, _ in pairs])
+        asked = [[(question, answer)] for question, (_, answer) in zip(questions, pairs, strict=True)]
+    else:
+        asked = [pairs[: turn + 1] for turn in range(len(pairs))]
+    return [Prompt(index, turn, encoder.prompt(system, a, sample)) for turn, a in enumerate(asked)]
 
 
 def prompt_batch(collator: VLMCollator, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:

@@ -109,9 +109,11 @@ class SentenceCounts:
             if turn["from"] != "human":
                 continue
             self.turns += 1
-            text = turn["value"].replace(IMAGE_MARK, "")
-            self.words += len(text.split())
-            self.counts.update({s.key for s in split_sentences(text) if s.key})
+            # As the encoder cuts it: a single picture moves to the front, several stay between the words.
+            pieces = turn["value"].split(IMAGE_MARK)
+            pieces = pieces if len(pieces) > 2 else ["".join(pieces)]
+            self.words += sum(len(piece.split()) for piece in pieces)
+            self.counts.update({s.key for piece in pieces for s in split_sentences(piece) if s.key})
 
     def __add__(self, other: SentenceCounts) -> SentenceCounts:
         """Union of two datasets' counts: what a mixture of both would count."""

@@ -6,7 +6,7 @@ for ever. :class:`SafeStream` and :class:`StreamingVLMDataset` close them:
 * the parent's S3 client is shared by forked workers, which then read each other's bytes -> every process
   drops it and makes its own;
 * a shard that cannot be read ends the epoch early, without an error -> the error is raised;
-* ... and lets all other workers wait for ever -> the shard's state is reset;
+* ... and lets all other workers wait for ever -> the shard's state is reset, and who waits tries it again;
 * a shard that failed its checksum stays in the cache and is trusted by the next run -> it is deleted and
   fetched once more.
 """
@@ -16,12 +16,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from streaming import Stream, StreamingDataset
-from streaming.base.dataset import _ShardState
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import get_worker_info
 
@@ -127,6 +129,33 @@ class StreamingVLMDataset(StreamingDataset):
             if self._shard_states[shard_id] == _ShardState.PREPARING:
                 self._shard_states[shard_id] = _ShardState.REMOTE
             raise
+
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        """Upstream's loop, which waits without a limit for shards that other processes fetch.
+
+        A shard that was passed over because another process had begun it, and that is remote again, failed
+        there: it is tried here, so that this process ends with the error too (a DataLoader shows errors in the
+        order of its workers, and would wait for this one first).
+        """
+        while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
+            sample_id = it.sample_ids[it.yield_index]
+            if it.ready_index <= it.yield_index:
+                if sample_id != -1 and it.prepare_index > it.yield_index:
+                    self._try_again(int(self.spanner[sample_id][0]))
+                time.sleep(TICK)
+                continue
+            if sample_id != -1:
+                yield sample_id
+            it.yield_index += 1
+        it.on_exit()
+
+    def _try_again(self, shard_id: int) -> None:
+        if self._shard_states[shard_id] == _ShardState.REMOTE:
+            try:
+                self.prepare_shard(shard_id, blocking=False)
+            except Exception as error:
+                self._failure = error
+                self._event.set()
 
     def on_exception(self, future: Any) -> None:
         """Keep a background thread's error for :meth:`__iter__`, which raises it."""

@@ -40,7 +40,12 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def export_model(
-    model: VisionLanguageModel, folder: str | Path, *, chat_template: str | None = None, heads: bool = False
+    model: VisionLanguageModel,
+    folder: str | Path,
+    *,
+    chat_template: str | None = None,
+    heads: bool = False,
+    notes: dict[str, Any] | None = None,
 ) -> Path:
     """Write a model as a Hugging Face folder. Every rank must call this; rank 0 writes, atomically.
 
@@ -49,6 +54,7 @@ def export_model(
         folder: written whole; an existing one is replaced.
         chat_template: jinja text saved with the processor (``data.chat.ChatTemplate.jinja``).
         heads: also write the methods' heads, to continue training from here.
+        notes: kept in ``config.json`` under ``opsin`` (name of the chat template ...), see :func:`describe`.
     """
     folder = Path(folder)
     state = full_state_dict(model)
@@ -59,8 +65,8 @@ def export_model(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if model.net.bidirectional_images:
-        hf.config.opsin = {"image_attention": "bidirectional"}
+    attention = "bidirectional" if model.net.bidirectional_images else "causal"
+    hf.config.opsin = {**(notes or {}), "image_attention": attention}
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     hf.save_pretrained(partial, state_dict=weights, safe_serialization=True)
     if model.processor is not None:

@@ -67,8 +67,12 @@ class VisionLanguageNet(nn.Module):
         if mode:
             for path in self.anatomy.vision_tower:
                 tower = self.hf.get_submodule(path)
-                if not any(p.requires_grad for p in tower.parameters()):
+                inside = [p for p in self.anatomy.projector if p.startswith(path + ".")]
+                learnt = {id(q) for p in inside for q in self.hf.get_submodule(p).parameters()}
+                if not any(p.requires_grad and id(p) not in learnt for p in tower.parameters()):
                     tower.eval()
+                    for projector in inside:  # Qwen2-VL keeps its projector in the tower
+                        self.hf.get_submodule(projector).train()
         return self
 
     def forward(self, batch: dict[str, Any], step: Step) -> dict[str, torch.Tensor]:

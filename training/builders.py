@@ -132,11 +132,13 @@ def enabled_algorithms(loaded: Loaded) -> dict[str, dict[str, Any]]:
     return chosen
 
 
-def algorithms_of_stage(loaded: Loaded, stage: str, **given: dict[str, Any]) -> dict[str, Any]:
+def algorithms_of_stage(
+    loaded: Loaded, stage: str, config: StageConfig, **given: dict[str, Any]
+) -> dict[str, Any]:
     """Methods of one stage, built: name -> algorithm.
 
     A method is used in the stages that its ``stages`` names; by default those of its paper, or every stage
-    where the run's stages have other names. ``given``: further keywords by method (report files and the like).
+    where the run's stages have other names. ``config``: of the stage. ``given``: further keywords by method (report files and the like).
     """
     built = {}
     for name, keywords in enabled_algorithms(loaded).items():
@@ -147,7 +149,19 @@ def algorithms_of_stage(loaded: Loaded, stage: str, **given: dict[str, Any]) -> 
         arguments = {k: v for k, v in keywords.items() if k not in RESERVED}
         extra = {k: v for k, v in given.get(name, {}).items() if k not in arguments}
         built[name] = construct(make, arguments, where, **extra)
+        check_compatible(loaded, name, built[name], config)
     return built
+
+
+def check_compatible(loaded: Loaded, name: str, algorithm: Any, config: StageConfig) -> None:
+    """Refuse settings that a method says it cannot work with (its ``refuses``), in a stage that uses it."""
+    for setting, why in getattr(algorithm, "refuses", {}).items():
+        key, _, value = setting.partition("=")
+        current: Any = config if hasattr(config, key.split(".")[0]) else loaded.run
+        for part in key.split("."):
+            current = current.get(part) if isinstance(current, dict) else getattr(current, part)
+        if str(current).lower() == value.lower():
+            raise UserError(f"{loaded.where('algorithms', name)}: does not work with {key}: {value} ({why})")
 
 
 def stages_of(loaded: Loaded, name: str, keywords: Mapping[str, Any], make: Any) -> list[str]:

@@ -49,7 +49,7 @@ def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[st
     lr = float(config.optimizer.get("lr", 2.0e-5))
     optimizer = build_optimizer(config, parameter_groups(model, lr, config.lr_by_part, 0.0), where)
     build_scheduler(config, where)
-    algorithms = algorithms_of_stage(loaded, stage.name)
+    algorithms = algorithms_of_stage(loaded, stage.name, config)
     state = State(
         rank_zero_seed=loaded.run.seed,
         algorithms=list(algorithms.values()),

@@ -24,6 +24,7 @@ _debug = False
 def main() -> None:
     """Entry point: an error that the user can mend is one line and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(standalone_mode=False)
     except typer.Exit as done:

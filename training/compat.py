@@ -101,8 +101,8 @@ def _load_tensors_only(checkpoint_filepath: Path | str, map_location: str) -> An
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint {checkpoint_filepath}: holds more than tensors and plain data ({_culprit(error)}) and was not "
-            "loaded; set trust_checkpoint: true only for a file that you made yourself"
+            f"the checkpoint holds more than tensors and plain data ({_culprit(error)}) and was not loaded; set "
+            "trust_checkpoint: true only for a file that you made yourself"
         ) from error
 
 
@@ -125,7 +125,8 @@ def _allowed() -> list[Any]:
     dtypes = [
         getattr(np.dtypes, n) for n in ("UInt32DType", "Int64DType", "Float64DType") if hasattr(np, "dtypes")
     ]
-    return [core.multiarray._reconstruct, np.ndarray, np.dtype, *dtypes, _codecs.encode, datetime.timedelta]
+    plain = [torch.torch_version.TorchVersion, datetime.timedelta, _codecs.encode]
+    return [core.multiarray._reconstruct, np.ndarray, np.dtype, *dtypes, *plain]
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -117,6 +117,8 @@ class _Checker:
         if not isinstance(value, Mapping):
             self.fail(path, f"expected a mapping of keys, got {_shown(value)}")
         hints = get_type_hints(kind)
+        if "from" in value and "init_from" in hints:  # a keyword of Python cannot be a field
+            value = {("init_from" if key == "from" else key): item for key, item in value.items()}
         for key in value:
             if key not in hints:
                 self.fail((*path, str(key)), f"unknown key{nearest(str(key), hints)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ def open_run(path: Path) -> tuple[Loaded, Stage, RunFolder]:
 
 
 def evaluate_run(path: Path, remote: str | None, limit: int | None, console: Console) -> None:
-    """Score a run's model on its own or another dataset; the table is printed, the run's summary updated for its own."""
-    from ..evaluation.packed import score as _  # noqa: F401  (import errors early)
+    """Score a run's model and print the table.
+
+    Scores of the run's own data, all of it, go into its ``summary.json``; others into ``eval/`` beside it.
+    """
     from .train import evaluate
 
     loaded, stage, folder = open_run(path)
@@ -63,10 +66,9 @@ def evaluate_run(path: Path, remote: str | None, limit: int | None, console: Con
         )
     if config is None:
         raise UserError(f"{path}: the run names no evaluation data; give --remote FOLDER")
-    if limit is not None:
-        config.limit = limit
-    if remote is not None:
-        folder = _Elsewhere(folder)  # another dataset's scores do not replace the run's own
+    if remote is not None or limit is not None:
+        folder = _Elsewhere(folder)  # other data, or less of it, does not replace the run's own scores
+        config = replace(config, limit=limit if limit is not None else config.limit, pictures=0)
     evaluate(loaded, stage, folder, config, console, started=time.time())
 
 
@@ -129,8 +131,12 @@ def open_model(source: str, template: str | None) -> tuple[VisionLanguageModel, 
         _, stage, folder = open_run(path)
         path, name = folder.model, template or stage.config.chat_template
         system = stage.config.system_prompt
-    elif path.is_dir() and template is None:
-        name = describe(path).get("chat_template", name)
+    elif (path / "config.json").is_file():
+        noted = describe(path)
+        name, system = template or noted.get("chat_template", name), noted.get("system_prompt")
+    elif path.parent.is_dir() and path.parent != Path():
+        known = [p.name for p in path.parent.iterdir() if p.is_dir()]
+        raise UserError(f"{path}: no run and no model folder{nearest(path.name, known)}")
     if name not in TEMPLATES:
         raise UserError(f"--chat-template '{name}': unknown{nearest(name, TEMPLATES)}")
     model = load_model(str(path))

@@ -51,17 +51,19 @@ class MetricsFile(LoggerDestination):
                 kept.append(line)
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Write the step's line (after its evaluations)."""
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Write the line of the step before: evaluations and ends of epochs belong to it."""
         self._write(int(state.timestamp.batch))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Write what came after the last step."""
+        """Write the last step's line."""
         self._write(int(state.timestamp.batch))
 
     def _write(self, step: int) -> None:
+        if step == 0:
+            return
         pending, self._pending = self._pending, {}
-        if dist.get_global_rank() or not pending:
+        if dist.get_global_rank() or "loss/train/total" not in pending:
             return
         clean = {k: (None if math.isnan(v) else v) for k, v in pending.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,15 @@ class PreflightConfig:
 
 
 @dataclass
+class TrainableConfig:
+    """Which parts are trained; the rest is frozen. The defaults are LLaVA's for instruction tuning."""
+
+    vision_tower: bool = False
+    mm_projector: bool = True
+    language_model: bool = True
+
+
+@dataclass
 class StageConfig:
     """What a stage may set."""
 
@@ -93,9 +102,7 @@ class StageConfig:
     global_train_batch_size: int = 32
     device_train_microbatch_size: int | None = None
     accumulate_train_batch_on_tokens: bool = False
-    trainable: dict[str, bool] = field(
-        default_factory=lambda: {"vision_tower": False, "mm_projector": True, "language_model": True}
-    )
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
     optimizer: Spec = field(default_factory=lambda: {"name": "adamw", "lr": 2.0e-5})
     lr_by_part: dict[str, float] = field(default_factory=dict)
     scheduler: Spec = field(default_factory=lambda: {"name": "cosine_with_warmup", "t_warmup": "0.03dur"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def build_model(
         )
         if stage.start.heads != "keep":
             model.saved_heads = {}
-    set_trainable(model, stage.config.trainable)
+    set_trainable(model, asdict(stage.config.trainable))
     if stage.config.activation_checkpointing:
         # Reentrant checkpointing fires layer hooks twice and would replace taps during backward.
         decoder: Any = model.anatomy.decoder(model.hf)
@@ -219,7 +219,7 @@ def train_stage(
     spec, dataset, collator = build_train_spec(loaded, stage, model, folder)
     stage_folder = folder.stage(stage.name)
     algorithms = algorithms_of_stage(
-        loaded, stage.name, l2t={"report": str(stage_folder / "l2t_templates.json")}
+        loaded, stage.name, config, l2t={"report": str(stage_folder / "l2t_templates.json")}
     )
     preflight(loaded, stage, model, dataset, collator, algorithms, console)
     optimizer_where = lambda *key: stage.where(loaded, *key)  # noqa: E731
@@ -281,7 +281,8 @@ def train_stage(
             trainer.fit()
         steps = int(trainer.state.timestamp.batch)
         export_model(
-            model, stage_folder / MODEL_FOLDER, chat_template=collator.encoder.template.jinja, heads=True
+            model, stage_folder / MODEL_FOLDER, chat_template=collator.encoder.template.jinja, heads=True,
+            notes={"chat_template": config.chat_template, "system_prompt": config.system_prompt},
         )
     finally:
         trainer.close()

@@ -65,8 +65,6 @@ def resolve(loaded: Loaded) -> list[Stage]:
         flat = not run.stages
         path = () if flat else ("stages", name)
         own = {} if flat else dict(loaded.plain["stages"][name] or {})
-        if "from" in own:
-            own["init_from"] = own.pop("from")
         merged = _deep(defaults, own)
         config: StageConfig = checker.dataclass(StageConfig, merged, path)
         start = config.init_from

@@ -27,7 +27,7 @@ from .config import Loaded
 from .prepare import prepare
 from .run_folder import RunFolder, write_atomically
 from .schema import EvaluationConfig
-from .stage_run import build_collator, build_dataset, copy_model, train_stage
+from .stage_run import build_collator, build_dataset, copy_model, parallelism, train_stage
 from .stages import Stage, resolve
 
 
@@ -49,6 +49,7 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
             "ignore", category=category, module=r"(composer|torch|streaming|transformers)\b.*"
         )
     run = loaded.run
+    parallelism(loaded)  # a wrong key is refused before any process group exists
     if dist.get_world_size() > 1 or run.parallelism_config:
         dist.initialize_dist(run.device, timeout=run.dist_timeout)
     console = console or Console(stderr=True, quiet=dist.get_global_rank() != 0)

@@ -1,0 +1,212 @@
+"""One predicate: against a naive loop, in all its forms, and in real attention."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import jobs
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opsin.data.batch import split_batch
+from opsin.models import attention
+from opsin.models.attention import Visibility, additive, allow, dense, is_plain, mask_for, mask_mod
+from opsin.models.errors import UserError
+from opsin.models.step import Step
+from opsin.models.vlm import VisionLanguageModel
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
+
+@st.composite
+def layouts(draw: Any) -> Visibility:
+    """Rows of packed documents: padding on either side, trunks with pictures, branches; and any method's terms."""
+    batch, length = draw(st.integers(1, 2)), draw(st.integers(1, 24))
+    fields = {
+        "valid": torch.zeros(batch, length, dtype=torch.bool),
+        "document": torch.full((batch, length), -1, dtype=torch.int16),
+        "branch": torch.zeros(batch, length, dtype=torch.int16),
+        "image": torch.full((batch, length), -1, dtype=torch.int16),
+    }
+    for row in range(batch):
+        left, right = draw(st.integers(0, length - 1)), draw(st.integers(1, length))
+        left, right = min(left, right - 1), max(right, left + 1)
+        fields["valid"][row, left:right] = True
+        document = branch = ordinal = 0
+        run = -1
+        for at in range(left, right):
+            step = draw(st.sampled_from("....dbii"))
+            if step == "d" and at > left:
+                document, branch, run = document + 1, 0, -1
+            elif step == "b":
+                branch, run = branch + 1, -1
+            elif step == "i" and branch == 0:  # a picture begins or ends
+                run, ordinal = (ordinal, ordinal + 1) if run < 0 else (-1, ordinal)
+            fields["document"][row, at], fields["branch"][row, at] = document, branch
+            fields["image"][row, at] = run
+    bits = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
+    image = fields["image"] >= 0
+
+    def flags(only_images: bool) -> torch.Tensor:
+        drawn = torch.tensor(draw(bits)).view(batch, length)
+        return drawn & image if only_images else drawn
+
+    if draw(st.booleans()):
+        fields["bidirectional"] = flags(True)
+    if draw(st.booleans()):
+        fields["hidden"] = flags(True)
+    if draw(st.booleans()):
+        fields.update(closed=flags(True), context=flags(False))
+        groups = st.lists(st.integers(0, 7), min_size=batch * length, max_size=batch * length)
+        fields["group_bits"] = torch.tensor(draw(groups)).view(batch, length)
+    return Visibility(**fields)
+
+
+def naive(see: Visibility, b: int, q: int, k: int) -> bool:
+    """The docstrings of ``Visibility``, word by word, for one query and one key."""
+    if q == k:
+        return True  # a token may always look at itself
+    if not see.valid[b, k] or see.document[b, q] != see.document[b, k]:
+        return False
+    if see.branch[b, k] != 0 and see.branch[b, k] != see.branch[b, q]:
+        return False
+    own_image = bool(see.image[b, q] >= 0 and see.image[b, q] == see.image[b, k])
+    if see.closed is not None and see.closed[b, q]:
+        assert see.context is not None and see.group_bits is not None
+        return own_image and bool(see.context[b, k] or int(see.group_bits[b, q]) & int(see.group_bits[b, k]))
+    if see.hidden is not None and see.hidden[b, k]:
+        return False
+    if see.bidirectional is not None and see.bidirectional[b, q] and own_image:
+        return True
+    return k < q
+
+
+@settings(max_examples=80, deadline=None)
+@given(layouts())
+def test_every_form_is_the_naive_loop(see: Visibility) -> None:
+    batch, length = see.valid.shape
+    expected = torch.tensor(
+        [[[naive(see, b, q, k) for k in range(length)] for q in range(length)] for b in range(batch)]
+    )
+    assert torch.equal(dense(see), expected.unsqueeze(1))
+    for dtype in (torch.float32, torch.bfloat16):
+        added = additive(see, dtype)
+        assert added.dtype == dtype
+        assert torch.equal(added == 0, expected.unsqueeze(1))
+        assert bool((added[~expected.unsqueeze(1)] == torch.finfo(dtype).min).all())
+    mod = mask_mod(see)
+    assert torch.equal(create_mask(mod, batch, None, length, length, device="cpu"), expected.unsqueeze(1))
+    one = allow(see, torch.tensor(0), torch.tensor(length - 1), torch.tensor(0))
+    assert bool(one) == bool(expected[0, length - 1, 0])
+
+
+def materialised(mask: Any, length: int) -> torch.Tensor:
+    """A BlockMask written out: full blocks, and the mask's own predicate inside partial ones."""
+    size = mask.BLOCK_SIZE[0]
+    batch = mask.kv_num_blocks.shape[0]
+    out = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    index = torch.arange(length)
+    for b in range(batch):
+        for block in range(mask.kv_num_blocks.shape[2]):
+            rows = index[block * size : (block + 1) * size]
+            partial = mask.kv_indices[b, 0, block, : mask.kv_num_blocks[b, 0, block]].tolist()
+            full = mask.full_kv_indices[b, 0, block, : mask.full_kv_num_blocks[b, 0, block]].tolist()
+            for other in [*partial, *full]:
+                columns = index[other * size : (other + 1) * size]
+                seen = mask.mask_mod(torch.tensor(b), torch.tensor(0), rows[:, None], columns[None, :])
+                if other in full:
+                    assert bool(seen.all())
+                out[b, 0, rows[:, None], columns[None, :]] = seen
+    return out
+
+
+@settings(max_examples=15, deadline=None)
+@given(layouts())
+def test_the_block_mask_leaves_out_no_block(see: Visibility) -> None:
+    batch, length = see.valid.shape
+    made = create_block_mask(mask_mod(see), batch, None, length, length, device="cpu", BLOCK_SIZE=4)
+    assert torch.equal(materialised(made, length), dense(see))
+
+
+@settings(max_examples=10, deadline=None)
+@given(layouts(), st.integers(0, 100))
+def test_sdpa_eager_and_flex_compute_the_same(see: Visibility, seed: int) -> None:
+    batch, length = see.valid.shape
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(3, batch, 2, length, 8).unbind(0)
+    flexible = flex_attention(q, k, v, block_mask=attention.block_mask(see))
+    direct = F.scaled_dot_product_attention(q, k, v, attn_mask=dense(see))
+    scores = q @ k.transpose(-1, -2) / 8**0.5 + additive(see, torch.float32)
+    eager = scores.softmax(-1) @ v
+    torch.testing.assert_close(direct, eager, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(flexible, direct, atol=1e-5, rtol=1e-4)
+
+
+# In a model ------------------------------------------------------------------------------------------------
+
+SAMPLES = [
+    zoo.sample(0, turns=2),
+    zoo.sample(1, images=2),
+    zoo.sample(2, images=0),
+    zoo.sample(3, turns=3, independent=True),
+]
+
+
+@lru_cache
+def micro(family: str, packing: bool) -> dict:
+    collate = jobs.collator(zoo.build(family), packing=packing)
+    return split_batch(collate(SAMPLES), None, training=False)[0]
+
+
+def nll(family: str, implementation: str, packing: bool, bidirectional: bool) -> torch.Tensor:
+    built = zoo.build(family)
+    built.hf.model.language_model.set_attn_implementation(implementation)
+    model = VisionLanguageModel(built.hf, built.processor, bidirectional_images=bidirectional).eval()
+    batch = micro(family, packing)
+    with torch.no_grad():
+        return model.net(batch, Step(batch))["nll"]
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_implementations_give_a_model_the_same_loss(family: str) -> None:
+    for packing, bidirectional in ((True, False), (True, True), (False, True)):
+        reference = nll(family, "sdpa", packing, bidirectional)
+        for implementation in ("eager", "flex_attention"):
+            other = nll(family, implementation, packing, bidirectional)
+            torch.testing.assert_close(other, reference, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(nll(family, "sdpa", True, True), nll(family, "sdpa", True, False), atol=1e-4)
+
+
+def test_an_implementation_without_masks_is_refused() -> None:
+    see = Visibility(*(torch.zeros(1, 2, dtype=torch.int64) for _ in range(4)))
+    with pytest.raises(UserError, match=r"'flash_attention_2' takes no mask.*set model\.attn_implementation"):
+        mask_for(see, "flash_attention_2", torch.float32)
+
+
+def test_plain_batches_need_no_mask() -> None:
+    made = jobs.collator(zoo.build("llava"))
+    for samples, plain in (
+        ([zoo.sample(1), zoo.sample(2, images=0)], True),
+        ([zoo.sample(3, turns=2, independent=True)], False),
+    ):
+        batch = made(samples)
+        assert is_plain(batch) == plain
+        micro = split_batch(batch, None, training=False)[0]
+        step = Step(micro)
+        assert (step.sees(False) is None) == plain
+        assert step.sees(True) is not None
+        step.visibility["hidden"] = micro["image_ids"] >= 0
+        assert step.sees(False) is not None
+    packed = jobs.collator(zoo.build("llava"), packing=True)([zoo.sample(1), zoo.sample(2)])
+    assert not is_plain(packed)
+
+
+def test_visibility_moves_and_takes_terms() -> None:
+    see = Visibility(*(torch.zeros(1, 2, dtype=torch.int64) for _ in range(4)))
+    more = see.with_terms(hidden=torch.ones(1, 2, dtype=torch.bool))
+    assert see.hidden is None
+    moved = more.to(torch.device("meta"))
+    assert moved.hidden is not None and moved.hidden.is_meta and moved.valid.is_meta and moved.closed is None
