@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+
 from ranks import RankPool
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import zoo
 from composer import Callback, Trainer
 from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
+from torch.utils.data import DataLoader, IterableDataset
+
 from opsin.data.batch import vlm_data_spec
 from opsin.data.chat import chat_template
 from opsin.data.collate import VLMCollator
@@ -19,7 +20,8 @@ from opsin.models.anatomy import image_encoder_for
 from opsin.models.parts import parameter_groups, set_trainable
 from opsin.models.vlm import VisionLanguageModel
 from opsin.training import compat
-from torch.utils.data import DataLoader, IterableDataset
+
+import zoo
 
 warnings.filterwarnings("ignore")
 compat.apply()

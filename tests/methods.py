@@ -62,7 +62,10 @@ class MeanColour(VisionAlgorithm):
         if len(positions) == 0:
             local = nan_safe_zero(head(hidden.flatten(0, 1)[:1]))
         else:
-            pictures = [p.unflatten(1, (g[0], -1)).unflatten(3, (g[1], -1)) for p, g in zip(model.pictures(batch), batch["view_grid"].tolist(), strict=True)]
+            pictures = [
+                p.unflatten(1, (g[0], -1)).unflatten(3, (g[1], -1))
+                for p, g in zip(model.pictures(batch), batch["view_grid"].tolist(), strict=True)
+            ]
             target = torch.cat([p.mean((2, 4)).flatten(1).T for p in pictures])
             local = (head(hidden.flatten(0, 1)[positions]) - target).square().sum()
         state.loss[self.name] = self.weight * term(local, self.name, batch)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from opsin.data.schema import pack_images
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -27,6 +26,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+
+from opsin.data.schema import pack_images
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
 

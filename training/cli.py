@@ -93,7 +93,9 @@ def train(
     folder = run_train(loaded, console)
     console.print(f"run folder: {folder.path}", soft_wrap=True)
     if folder.samples.is_file():
-        console.print(f"held-out pictures with question, gold and predicted answer: {folder.samples}", soft_wrap=True)
+        console.print(
+            f"held-out pictures with question, gold and predicted answer: {folder.samples}", soft_wrap=True
+        )
     for command in next_commands(files, folder.path):
         console.print(f"next: {command}", soft_wrap=True, highlight=False)
 

@@ -281,7 +281,10 @@ def train_stage(
             trainer.fit()
         steps = int(trainer.state.timestamp.batch)
         export_model(
-            model, stage_folder / MODEL_FOLDER, chat_template=collator.encoder.template.jinja, heads=True,
+            model,
+            stage_folder / MODEL_FOLDER,
+            chat_template=collator.encoder.template.jinja,
+            heads=True,
             notes={"chat_template": config.chat_template, "system_prompt": config.system_prompt},
         )
     finally:

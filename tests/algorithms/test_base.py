@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import jobs
 import pytest
 import torch
+
+import jobs
 
 HEAD = ("methods:MeanColour", {"weight": 0.5})
 L2T = ("opsin.algorithms.l2t:L2T", {"template_source": "none", "lambda_instruction": 0.3})
@@ -67,8 +68,15 @@ def test_a_method_survives_batches_without_pictures() -> None:
 @pytest.mark.world
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_ranks_give_the_numbers_of_one_with_pictures_on_one_rank_only(ranks, family: str, parallel: str) -> None:
-    options = {"samples": jobs.mixed_samples(12, "first_half"), "global_batch": 4, "steps": 3, "microbatch": 1}
+def test_two_ranks_give_the_numbers_of_one_with_pictures_on_one_rank_only(
+    ranks, family: str, parallel: str
+) -> None:
+    options = {
+        "samples": jobs.mixed_samples(12, "first_half"),
+        "global_batch": 4,
+        "steps": 3,
+        "microbatch": 1,
+    }
     one = jobs.train(family, algorithms=[HEAD, L2T], **options)
     two = ranks.run("jobs:train", family=family, algorithms=[HEAD, L2T], parallel=parallel, **options)
     assert two[0]["keys"] == two[1]["keys"] == one["keys"]

@@ -6,11 +6,9 @@ import json
 import subprocess
 import sys
 
-import jobs
 import numpy as np
 import pytest
 import torch
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +30,9 @@ from opsin.data.schema import IGNORE_INDEX, Role
 from opsin.data.sentences import SentenceCounts, sentence_id, sentence_key, split_sentences
 from opsin.models.errors import UserError
 
+import jobs
+import zoo
+
 KEYS = ("roles", "turn_ids", "branch_ids", "document_ids", "image_ids", "sentence_ids")
 FORMAT = "answer briefly"
 
@@ -41,7 +42,9 @@ def _mask(batch: dict, templates: tuple[str, ...] = (), **options) -> torch.Tens
     return instruction_mask(**{k: batch[k] for k in KEYS}, templates=ids, **options)
 
 
-def _batch(samples: list[dict], template: str = "vicuna_v1", family: str = "llava", **options) -> tuple[dict, object]:
+def _batch(
+    samples: list[dict], template: str = "vicuna_v1", family: str = "llava", **options
+) -> tuple[dict, object]:
     built = zoo.build(family)
     return jobs.collator(built, template=template, **options)(samples), built.processor.tokenizer
 
@@ -61,7 +64,10 @@ MIX = [
 def test_t1_everything_a_template_gives_the_labels_of_ordinary_tuning(packing: bool) -> None:
     batch, _ = _batch(MIX, packing=packing)
     everything = tuple(
-        s.key for m in MIX for t in m["conversations"][::2] for s in split_sentences(t["value"].replace("<image>", ""))
+        s.key
+        for m in MIX
+        for t in m["conversations"][::2]
+        for s in split_sentences(t["value"].replace("<image>", ""))
     )
     learnt = _mask(batch, everything)
     assert not learnt.any()
@@ -70,11 +76,22 @@ def test_t1_everything_a_template_gives_the_labels_of_ordinary_tuning(packing: b
 
 def test_t1_the_loss_is_bit_equal() -> None:
     sentences = sorted(
-        {s.key for m in jobs.mixed_samples(16) for t in m["conversations"][::2] for s in split_sentences(t["value"].replace("<image>", ""))}
+        {
+            s.key
+            for m in jobs.mixed_samples(16)
+            for t in m["conversations"][::2]
+            for s in split_sentences(t["value"].replace("<image>", ""))
+        }
     )
     plain = jobs.train(steps=2)
     covered = jobs.train(
-        steps=2, algorithms=[("opsin.algorithms.l2t:L2T", {"templates": sentences, "template_source": "list", "max_removed": 1.0})]
+        steps=2,
+        algorithms=[
+            (
+                "opsin.algorithms.l2t:L2T",
+                {"templates": sentences, "template_source": "list", "max_removed": 1.0},
+            )
+        ],
     )
     assert [x["loss/train/lm"] for x in plain["losses"]] == [x["loss/train/lm"] for x in covered["losses"]]
 
@@ -99,7 +116,10 @@ def test_t2_without_templates_all_user_text_and_nothing_else_is_added(template: 
 
 CONVERSATIONS = {
     "one turn": (1, [("Is it a cube? Answer briefly.", "yes")]),
-    "two turns": (1, [("What is left? Answer briefly.", "a cone"), ("Why? Because it is. Answer briefly.", "so")]),
+    "two turns": (
+        1,
+        [("What is left? Answer briefly.", "a cone"), ("Why? Because it is. Answer briefly.", "so")],
+    ),
     "no picture": (0, [("What is 3.5 times 2? Answer briefly.", "7")]),
     "two pictures": (2, [("Which one is red?\nAnswer briefly.", "the first")]),
 }
@@ -108,11 +128,16 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("independent", [False, True])
 @pytest.mark.parametrize("template", [t for t in TEMPLATES if t != "plain"])
-def test_t3_labels_decode_to_the_untemplated_user_text_and_the_answers(template: str, name: str, independent: bool) -> None:
+def test_t3_labels_decode_to_the_untemplated_user_text_and_the_answers(
+    template: str, name: str, independent: bool
+) -> None:
     images, turns = CONVERSATIONS[name]
     conversation = []
     for i, (q, a) in enumerate(turns):
-        conversation += [{"from": "human", "value": ("<image>\n" * images if i == 0 else "") + q}, {"from": "gpt", "value": a}]
+        conversation += [
+            {"from": "human", "value": ("<image>\n" * images if i == 0 else "") + q},
+            {"from": "gpt", "value": a},
+        ]
     sample = {**zoo.sample(0, images=images), "conversations": conversation}
     sample["meta"] = {"turns": "independent"} if independent else {}
     batch, tokenizer = _batch([sample], template=template)
@@ -172,13 +197,21 @@ def _told_by_picture(seed: int) -> dict:
 
     from opsin.data.schema import pack_images
 
-    colour, rgb = [("red", (220, 30, 30)), ("green", (30, 180, 60)), ("blue", (40, 60, 220)), ("yellow", (230, 210, 40))][seed % 4]
+    colour, rgb = [
+        ("red", (220, 30, 30)),
+        ("green", (30, 180, 60)),
+        ("blue", (40, 60, 220)),
+        ("yellow", (230, 210, 40)),
+    ][seed % 4]
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), rgb).save(buffer, "PNG")
     question = f"Is the {colour} object small?"
     return {
         "id": str(seed),
-        "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "yes"}],
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": "yes"},
+        ],
         "images": pack_images([buffer.getvalue()]),
         "meta": {},
     }
@@ -212,7 +245,10 @@ def test_t6_instruction_loss_falls_below_the_blind_one_under_l2t_only() -> None:
     # The colour is one of about 14 tokens; a model that ignores the picture has at least ln(4) / 14 = 0.10 nats
     # a token on it with either picture, so seen = blind for it.
     assert seen < blind - 0.1
-    plain_seen, plain_blind = _instruction_loss(plain["weights"], held_out), _instruction_loss(plain["weights"], rolled)
+    plain_seen, plain_blind = (
+        _instruction_loss(plain["weights"], held_out),
+        _instruction_loss(plain["weights"], rolled),
+    )
     assert plain_seen > plain_blind - 0.1
     assert seen < plain_seen
 
@@ -227,9 +263,14 @@ def _counts(turns: int = 1000, **sentences: int) -> SentenceCounts:
 
 
 def test_frequent_sentences_follow_the_threshold_length_and_cap() -> None:
-    counts = _counts(100_000, answer_with_one_word=5000, why=9000, rare_but_long_sentence=99, just_at_the_line=100)
+    counts = _counts(
+        100_000, answer_with_one_word=5000, why=9000, rare_but_long_sentence=99, just_at_the_line=100
+    )
     found = [t.sentence for t in frequent_sentences(counts)]
-    assert found == ["answer with one word", "just at the line"]  # max(50, 1e-3 * 100,000) = 100; "why" is too short
+    assert found == [
+        "answer with one word",
+        "just at the line",
+    ]  # max(50, 1e-3 * 100,000) = 100; "why" is too short
     assert "why" in [t.sentence for t in frequent_sentences(counts, allow=("why",))]
     assert len(frequent_sentences(counts, top_k=1)) == 1
     assert frequent_sentences(_counts(10, three_words_here=49)) == []
@@ -253,7 +294,13 @@ class Data:
 def test_sources_in_order_hand_list_then_the_data_then_frequency(tmp_path) -> None:
     counts = _counts(1000, answer_with_one_word=200, describe_the_picture_now=150)
     own = SentenceCounts(counts.turns, counts.words, counts.counts, "", ("describe the picture now",))
-    chosen = lambda method, data: ([t.sentence for t in method._choose(Data(data))[0]], method._choose(Data(data))[1])  # noqa: E731
+
+    def chosen(method, data):
+        return (
+            [t.sentence for t in method._choose(Data(data))[0]],
+            method._choose(Data(data))[1],
+        )
+
     assert chosen(L2T(templates=["Say: It!"]), own) == (["say: it"], "list")
     assert chosen(L2T(), own) == (["describe the picture now"], "dataset")
     assert chosen(L2T(), counts) == (["answer with one word", "describe the picture now"], "frequency")
@@ -304,7 +351,10 @@ def test_wrong_arguments_are_one_line(arguments: dict) -> None:
 def test_turns_text_only_and_words_before_the_picture() -> None:
     batch, _ = _batch(MIX)
     everything = _mask(batch, on_text_only=True)
-    first, later = _mask(batch, turns="first", on_text_only=True), _mask(batch, turns="later", on_text_only=True)
+    first, later = (
+        _mask(batch, turns="first", on_text_only=True),
+        _mask(batch, turns="later", on_text_only=True),
+    )
     assert torch.equal(first | later, everything) and not (first & later).any()
     assert not later[3].any()  # independent questions: each is a first turn
     assert not _mask(batch)[1].any() and _mask(batch, on_text_only=True)[1].any()
@@ -359,7 +409,12 @@ def test_normalisers_golden() -> None:
     n_a, n_i = torch.tensor(10.0), torch.tensor(40.0)
     options = {"lambda_instruction": 0.25, "lambda_response": 2.0}
     z = {n: tuple(float(x) for x in normaliser(n_a, n_i, normalisation=n, **options)) for n in NORMALISATIONS}
-    assert z == {"pooled": (50.0, 1.0), "weighted": (30.0, 1.0), "separate": (10.0, 0.25), "response": (10.0, 1.0)}
+    assert z == {
+        "pooled": (50.0, 1.0),
+        "weighted": (30.0, 1.0),
+        "separate": (10.0, 0.25),
+        "response": (10.0, 1.0),
+    }
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -391,14 +446,21 @@ def test_loss_is_the_formula_and_free_of_micro_batches(normalisation: str) -> No
 def test_two_ranks_give_the_numbers_of_one(ranks, normalisation: str, parallel: str) -> None:
     arguments = {"lambda_instruction": 0.3, "normalisation": normalisation, "template_source": "none"}
     spec = [("opsin.algorithms.l2t:L2T", arguments)]
-    options = {"samples": jobs.mixed_samples(16, "first_half"), "global_batch": 4, "steps": 2, "microbatch": 1}
+    options = {
+        "samples": jobs.mixed_samples(16, "first_half"),
+        "global_batch": 4,
+        "steps": 2,
+        "microbatch": 1,
+    }
     one = jobs.train(algorithms=spec, **options)
     two = ranks.run("jobs:train", algorithms=spec, parallel=parallel, **options)
     for a, b in zip(one["losses"], two[0]["losses"], strict=True):
         assert a["loss/train/lm"] == pytest.approx(b["loss/train/lm"], abs=1e-5)
     for name, gradient in one["gradients"][0].items():
         assert torch.allclose(gradient, two[0]["gradients"][0][name], atol=1e-5)
-    assert [x["l2t/loss_I"] for x in one["logged"]] == pytest.approx([x["l2t/loss_I"] for x in two[0]["logged"]], abs=1e-5)
+    assert [x["l2t/loss_I"] for x in one["logged"]] == pytest.approx(
+        [x["l2t/loss_I"] for x in two[0]["logged"]], abs=1e-5
+    )
 
 
 def test_visual_relevance_weighs_by_what_the_picture_tells() -> None:

@@ -6,12 +6,12 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import jobs
 import pytest
 import torch
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
 from opsin.data.batch import (
     effective_weights,
     samples_in_batch,
@@ -22,7 +22,9 @@ from opsin.data.batch import (
 from opsin.data.collate import VLMCollator
 from opsin.data.schema import Role, pack_images
 from opsin.models.normalise import DENOMINATORS, declare
-from torch.utils.data import DataLoader
+
+import jobs
+import zoo
 
 Batch = dict[str, Any]
 BAD = {**zoo.sample(9), "images": pack_images([b"broken"])}
@@ -169,7 +171,9 @@ def test_every_micro_batch_is_its_rows_and_nothing_else(
     batch = fresh(family, packing, side, chosen)
     # A method has changed labels and weights; a guard has refused documents; another added a tensor.
     shape = batch["input_ids"].shape
-    batch["loss_weights"] = torch.tensor([random.choice([0.0, 0.25, 1.0]) for _ in range(shape.numel())]).view(shape)
+    batch["loss_weights"] = torch.tensor(
+        [random.choice([0.0, 0.25, 1.0]) for _ in range(shape.numel())]
+    ).view(shape)
     more = torch.tensor([random.random() < 0.3 for _ in range(shape.numel())]).view(shape)
     batch["labels"] = torch.where(more & (batch["document_ids"] >= 0), batch["input_ids"], batch["labels"])
     batch["refused"] = torch.tensor([[random.random() < 0.2 for _ in r] for r in batch["refused"]])
@@ -182,7 +186,8 @@ def test_every_micro_batch_is_its_rows_and_nothing_else(
         assert len(rows) >= 1
         check(padded, micro, rows)
         assert micro[DENOMINATORS]["lm"].item() == pytest.approx(
-            max(sum(w for *_, w, _, _, _ in naive_labels(padded, range(len(padded["input_ids"])))), 1) / len(micros)
+            max(sum(w for *_, w, _, _, _ in naive_labels(padded, range(len(padded["input_ids"])))), 1)
+            / len(micros)
         )
 
 
@@ -203,7 +208,8 @@ def _padded(batch: Batch, parts: int) -> Batch:
             out[key] = torch.cat([value, rows])
     if batch["position_ids"].dim() == 3:
         out["position_ids"] = torch.cat(
-            [batch["position_ids"], torch.zeros(3, missing, batch["input_ids"].shape[1], dtype=torch.int64)], 1
+            [batch["position_ids"], torch.zeros(3, missing, batch["input_ids"].shape[1], dtype=torch.int64)],
+            1,
         )
     return out
 

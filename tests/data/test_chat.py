@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
 from opsin.data.chat import (
     TEMPLATES,
     BadConversation,
@@ -19,7 +21,7 @@ from opsin.data.chat import (
 )
 from opsin.data.schema import Role
 from opsin.models.errors import UserError
-from transformers import PreTrainedTokenizerFast
+
 from zoo import tokenizer
 
 S, M, I, U, A = Role.SYSTEM, Role.MARKER, Role.IMAGE, Role.INSTRUCTION, Role.RESPONSE  # noqa: E741
@@ -104,8 +106,17 @@ def test_an_open_response_is_what_training_rendered_up_to_the_answer() -> None:
         ),
         (
             "First <image> then\n<image> next",
-            [("First", U), (" ", M), ("<image>", I), (" ", M), ("then", U), ("\n", M), ("<image>", I)]
-            + [(" ", M), ("next", U)],
+            [
+                ("First", U),
+                (" ", M),
+                ("<image>", I),
+                (" ", M),
+                ("then", U),
+                ("\n", M),
+                ("<image>", I),
+                (" ", M),
+                ("next", U),
+            ],
         ),
         ("  no picture ", [("  no picture ", U)]),
     ],
@@ -169,7 +180,7 @@ def _messages(system: str | None, pairs: list[tuple[str, str]], opened: bool) ->
 def test_jinja_renders_the_same_text(name: str, images: int, system: str | None, opened: bool) -> None:
     template = chat_template(name, "</s>")
     hf: PreTrainedTokenizerFast = tokenizer()
-    pairs = [("<image>\n" * images + "What's \"it\"?", "A 'cube'."), ("Sure?\nReally?", "Yes \\n {{x}}")]
+    pairs = [("<image>\n" * images + 'What\'s "it"?', "A 'cube'."), ("Sure?\nReally?", "Yes \\n {{x}}")]
     for turns in (pairs[:1], pairs):
         theirs = hf.apply_chat_template(
             _messages(system, turns, opened),

@@ -8,16 +8,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jobs
 import numpy as np
 import pytest
 import torch
-import zoo
+
 from opsin.data import collate
 from opsin.data.collate import VLMCollator
 from opsin.data.encode import Status
 from opsin.data.schema import Role, pack_images, stable_hash
 from opsin.models.errors import UserError
+
+import jobs
+import zoo
 
 # B rows, L tokens, N samples, D documents in a row, V views, I images, P rows of pixels; 3 axes of M-RoPE.
 CONTRACT: dict[str, tuple[str, torch.dtype]] = {
@@ -133,7 +135,9 @@ def test_documents_and_views_lie_where_the_batch_says(family: str, packing: bool
                 mine = batch[key][..., row, place].numpy()
                 assert np.array_equal(mine, getattr(document, key)), key
             shown = document.image_ids >= 0
-            assert np.array_equal(batch["image_ids"][row, place].numpy()[shown], document.image_ids[shown] + before)
+            assert np.array_equal(
+                batch["image_ids"][row, place].numpy()[shown], document.image_ids[shown] + before
+            )
             assert batch["document_visit"][row, d] == uid - 100
             for i, picture in enumerate(document.images):
                 for v in picture.views:

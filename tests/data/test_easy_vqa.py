@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from opsin.data.convert import easy_vqa
 from opsin.data.schema import COLUMNS, HASHES, unpack_images
 from opsin.data.sentences import SentenceCounts
 from opsin.models.errors import UserError
-from PIL import Image
 
 needs_package = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="extra 'real' is not installed")
 

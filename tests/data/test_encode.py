@@ -7,12 +7,14 @@ import io
 from functools import lru_cache
 from typing import Any
 
-import jobs
 import numpy as np
 import pytest
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from opsin.data.chat import TEMPLATES, ChatTemplate, chat_template
 from opsin.data.encode import ConversationEncoder, Document, Rejected, Status
 from opsin.data.schema import Role, pack_images, stable_hash
@@ -20,9 +22,9 @@ from opsin.data.sentences import sentence_id
 from opsin.models.anatomy import image_encoder_for
 from opsin.models.errors import UserError
 from opsin.models.tiny import word_tokenizer
-from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+
+import jobs
+import zoo
 
 
 @lru_cache
@@ -146,7 +148,9 @@ def test_t3_independent(template: str, images: int) -> None:
 @pytest.mark.parametrize("template", ["vicuna_v1", "chatml"])
 def test_t3_with_other_tokenizers(template: str, kind: str) -> None:
     encode = encoder(template, tokenizer=spaced_tokenizer(kind))
-    sample = stored(("<image>\nHow many?", "2"), ("Why     so?", "if x:\n    y  "), images=1, system="Be kind.")
+    sample = stored(
+        ("<image>\nHow many?", "2"), ("Why     so?", "if x:\n    y  "), images=1, system="Be kind."
+    )
     document = encode(sample)
     holds(document, sample, encode)
     assert (document.input_ids == encode.tokenizer.bos_token_id).sum() == ("bos" in kind)
@@ -432,4 +436,6 @@ def test_jobs_and_training_build_the_same_encoder() -> None:
     model = built("llava")
     sample = zoo.sample(1, turns=2)
     ours = build_encoder(model.processor, model.hf.config, template="chatml", max_seq_len=400)
-    assert ours(sample).input_ids.tolist() == jobs.collator(model, "chatml").encoder(sample).input_ids.tolist()
+    assert (
+        ours(sample).input_ids.tolist() == jobs.collator(model, "chatml").encoder(sample).input_ids.tolist()
+    )

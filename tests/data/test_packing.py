@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import jobs
 import pytest
 import torch
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opsin.data.batch import effective_weights, split_batch
 from opsin.data.packing import first_fit_decreasing
 from opsin.models.step import Step
 from opsin.models.vlm import VisionLanguageModel
+
+import jobs
+import zoo
 
 lengths = st.lists(st.integers(1, 20), max_size=24)
 

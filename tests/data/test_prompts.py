@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import jobs
 import pytest
 import torch
-import zoo
+
 from opsin.data.collate import VLMCollator
 from opsin.data.encode import ConversationEncoder
 from opsin.data.prompts import Prompt, prompt_batch, prompts_of
 from opsin.data.schema import Role
+
+import jobs
+import zoo
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from hashlib import sha1
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opsin.data.scenes import (
     CAPTION_PROMPTS,
     KINDS,

@@ -7,11 +7,12 @@ import io
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from opsin.data.scenes import COLOURS, SHAPES, WORDS, SceneConfig, sample, scene
 from opsin.data.scenes.layout import LEAST_VISIBLE, side_of
 from opsin.data.scenes.sprites import board
 from opsin.data.schema import unpack_images
-from PIL import Image
 
 HUES = {"red": 0, "orange": 29, "yellow": 51, "green": 127, "cyan": 187, "blue": 225, "purple": 276}
 SIZES = (64, 160)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opsin.data.scenes import SPLITS, STYLES, SceneConfig, sample
 
 SIZE, COLOUR = "small|large", "red|green|blue|yellow|purple|cyan|orange|gray"

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
+
 from opsin.data.scenes import COLOURS, SHAPES, STYLES, SceneConfig, build_world, sample
 
 TRAIN, TEST = 2400, 1200

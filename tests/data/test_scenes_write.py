@@ -6,6 +6,7 @@ import json
 from hashlib import sha1
 
 import pytest
+
 from opsin.data.scenes import SceneConfig, sample, template_sentences, write
 from opsin.data.sentences import SIDECAR, SentenceCounts
 from opsin.models.errors import UserError

@@ -8,6 +8,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opsin.data.schema import Role, pack_images, stable_hash, unpack_images
 
 quick = settings(max_examples=60, deadline=None)

@@ -6,11 +6,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import jobs
 import pytest
-import zoo
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from opsin.data.schema import stable_hash
 from opsin.data.sentences import (
     SentenceCounts,
@@ -19,6 +18,9 @@ from opsin.data.sentences import (
     sentence_key,
     split_sentences,
 )
+
+import jobs
+import zoo
 
 FORMAT = "answer the question using a single word or phrase"
 

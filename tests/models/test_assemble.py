@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from opsin.models.assemble import llava_from_parts, llava_processor, load_vision_tower
-from opsin.models.errors import UserError
-from opsin.models.towers import TokenTower
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -23,6 +20,11 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from opsin.models.assemble import llava_from_parts, llava_processor, load_vision_tower
+from opsin.models.errors import UserError
+from opsin.models.towers import TokenTower
+
 from zoo import picture, tokenizer
 
 VISION: dict[str, Any] = {

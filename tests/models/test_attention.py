@@ -5,20 +5,22 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import jobs
 import pytest
 import torch
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
 from opsin.data.batch import split_batch
 from opsin.models import attention
 from opsin.models.attention import Visibility, additive, allow, dense, is_plain, mask_for, mask_mod
 from opsin.models.errors import UserError
 from opsin.models.step import Step
 from opsin.models.vlm import VisionLanguageModel
-from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
+import jobs
+import zoo
 
 
 @st.composite

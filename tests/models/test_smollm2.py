@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
 from opsin.models import smollm2
 from opsin.models.errors import UserError
 from opsin.models.smollm2 import CHAT_TEMPLATE, IMAGE_TOKEN, cache_folder, smollm2_folder
 from opsin.models.smollm2_llava import smollm2_llava
 from opsin.models.towers import TokenTower
-from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 PARAGRAPH = (
     "The Moon is the only natural satellite of the Earth. It goes around the Earth about once a month, and "

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
 from opsin.models.errors import UserError
 from opsin.models.timm_maps import build
 from opsin.models.towers import TokenTower, TokenTowerConfig
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 IMAGE_TOKEN = 7
 NETWORKS = {

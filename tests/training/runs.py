@@ -59,4 +59,6 @@ def losses(folder: Path) -> list[float]:
     """Losses of a run, by step."""
     from opsin.training.metrics_file import read_metrics
 
-    return [line["loss/train/lm"] for line in read_metrics(folder / "metrics.jsonl") if "loss/train/lm" in line]
+    return [
+        line["loss/train/lm"] for line in read_metrics(folder / "metrics.jsonl") if "loss/train/lm" in line
+    ]

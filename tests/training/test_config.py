@@ -30,9 +30,17 @@ variables: {rate: 5}
 
 def test_files_merge_left_to_right_then_arguments(tmp_path: Path) -> None:
     a = _write(tmp_path, BASE)
-    b = _write(tmp_path, "run_name: b\noptimizer: {lr: 2.0e-3}\nglobal_train_batch_size: ${variables.rate}\n", "b.yaml")
+    b = _write(
+        tmp_path,
+        "run_name: b\noptimizer: {lr: 2.0e-3}\nglobal_train_batch_size: ${variables.rate}\n",
+        "b.yaml",
+    )
     run = load([a, b], ["optimizer.lr=3e-3", "train_loader.packing=true"]).run
-    assert (run.run_name, run.optimizer, run.global_train_batch_size) == ("b", {"name": "adamw", "lr": 3e-3}, 5)
+    assert (run.run_name, run.optimizer, run.global_train_batch_size) == (
+        "b",
+        {"name": "adamw", "lr": 3e-3},
+        5,
+    )
     assert run.train_loader.packing is True
 
 
@@ -45,7 +53,9 @@ def test_files_merge_left_to_right_then_arguments(tmp_path: Path) -> None:
         ("algorithms.l2t.turns=all", {"lambda_instruction": 0.3, "turns": "all"}),
     ],
 )
-def test_a_toggle_keeps_the_keywords_and_only_braces_mean_defaults(tmp_path: Path, argument: str, expected: dict) -> None:
+def test_a_toggle_keeps_the_keywords_and_only_braces_mean_defaults(
+    tmp_path: Path, argument: str, expected: dict
+) -> None:
     assert load([_write(tmp_path, BASE)], [argument]).run.algorithms["l2t"] == expected
 
 
@@ -57,7 +67,10 @@ def test_a_toggle_in_a_later_file_keeps_the_keywords(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("max_duraton=1ep", "command line (max_duraton=1ep): max_duraton: unknown key; did you mean 'max_duration'?"),
+        (
+            "max_duraton=1ep",
+            "command line (max_duraton=1ep): max_duraton: unknown key; did you mean 'max_duration'?",
+        ),
         ("seed=abc", "command line (seed=abc): seed: expected a whole number, got text 'abc'"),
         ("train_loader.packing=3", "train_loader.packing: expected true or false, got int 3"),
         ("train_loader.dataset.remot=x", "train_loader.dataset.remot: unknown key; did you mean 'remote'?"),
@@ -76,7 +89,9 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, argument: str, message: st
 
 def test_a_message_points_at_file_and_line(tmp_path: Path) -> None:
     path = _write(tmp_path, "run_name: x\nstages:\n  instruct:\n    max_duraton: 1ep\n")
-    with pytest.raises(UserError, match=r"a\.yaml:4: stages\.instruct\.max_duraton: unknown key; did you mean 'max_duration'"):
+    with pytest.raises(
+        UserError, match=r"a\.yaml:4: stages\.instruct\.max_duraton: unknown key; did you mean 'max_duration'"
+    ):
         load([path])
     broken = _write(tmp_path, "run_name: x\n  bad: [\n", "broken.yaml")
     with pytest.raises(UserError, match=r"broken\.yaml:2: not valid YAML"):
@@ -107,7 +122,11 @@ def test_stages_take_the_runs_defaults_and_chain(tmp_path: Path) -> None:
     stages = resolve(load([_write(tmp_path, text)]))
     align, instruct, polish = stages
     assert [s.name for s in stages] == ["align", "instruct", "polish"]
-    assert (align.config.chat_template, align.config.max_seq_len, instruct.config.max_seq_len) == ("plain", 99, 77)
+    assert (align.config.chat_template, align.config.max_seq_len, instruct.config.max_seq_len) == (
+        "plain",
+        99,
+        77,
+    )
     assert (align.config.trainable.language_model, align.config.trainable.mm_projector) == (False, True)
     assert align.start is None and instruct.start.path == "align" and polish.start.path == "align"
     flat = resolve(load([_write(tmp_path, BASE)]))
@@ -119,8 +138,14 @@ def test_a_stages_identity_is_what_it_learns_from(tmp_path: Path) -> None:
     path = _write(tmp_path, text)
     identities = lambda *arguments: [s.identity for s in resolve(load([path], arguments))]  # noqa: E731
     base = identities()
-    assert base == identities("run_name=other", "train_loader.num_workers=7", "save_interval=9ba", "eval_interval=3ba")
-    seeded, method, late = identities("seed=18"), identities("algorithms.l2t.turns=all"), identities("stages.instruct.max_duration=9ba")
+    assert base == identities(
+        "run_name=other", "train_loader.num_workers=7", "save_interval=9ba", "eval_interval=3ba"
+    )
+    seeded, method, late = (
+        identities("seed=18"),
+        identities("algorithms.l2t.turns=all"),
+        identities("stages.instruct.max_duration=9ba"),
+    )
     assert seeded[0] != base[0] and seeded[1] != base[1]
     assert method[0] == base[0] and method[1] != base[1]  # L2T belongs to instruct
     assert late[0] == base[0] and late[1] != base[1]

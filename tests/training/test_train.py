@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
 from opsin.models.errors import UserError
@@ -19,6 +18,8 @@ from opsin.models.export import load_model
 from opsin.training.config import load
 from opsin.training.metrics_file import read_metrics
 from opsin.training.train import train
+
+import runs
 
 L2T = {"l2t": {"lambda_instruction": 0.3, "turns": "first"}}
 
@@ -28,16 +29,25 @@ def _losses(folder: Path) -> list[float]:
 
 
 def test_a_run_leaves_what_later_tools_read(tmp_path: Path, scenes: str) -> None:
-    evaluation = {"dataset": {"remote": scenes, "shuffle": False}, "majority_from": {"remote": scenes, "shuffle": False}, "limit": 12, "pictures": 4}
+    evaluation = {
+        "dataset": {"remote": scenes, "shuffle": False},
+        "majority_from": {"remote": scenes, "shuffle": False},
+        "limit": 12,
+        "pictures": 4,
+    }
     folder = train(runs.loaded(tmp_path, scenes, algorithms=L2T, evaluation=evaluation))
     assert load([str(folder.config)]).run.algorithms["l2t"]["turns"] == "first"
     lines = read_metrics(folder.metrics)
-    assert [line["step"] for line in lines] == list(range(1, 13)) and {line["stage"] for line in lines} == {"instruct"}
+    assert [line["step"] for line in lines] == list(range(1, 13)) and {line["stage"] for line in lines} == {
+        "instruct"
+    }
     assert {"loss/train/total", "loss/train/lm", "l2t/loss_I", "l2t/loss_A", "time/token"} <= set(lines[0])
     summary = json.loads(folder.summary.read_text())
     row = summary["by_kind"]["colour"]
     assert set(row) == {"n", "trained", "blind", "blind_blank", "majority", "standard_error"} and row["n"] > 0
-    assert summary["seed"] == 3 and summary["versions"]["torch"] == torch.__version__ and summary["seconds"] > 0
+    assert (
+        summary["seed"] == 3 and summary["versions"]["torch"] == torch.__version__ and summary["seconds"] > 0
+    )
     assert folder.samples.stat().st_size > 10_000
     report = json.loads((folder.stage("instruct") / "l2t_templates.json").read_text())
     assert report["source"] == "dataset" and report["templates"][0]["sentence"] == "answer briefly"
@@ -45,7 +55,10 @@ def test_a_run_leaves_what_later_tools_read(tmp_path: Path, scenes: str) -> None
     assert list(folder.checkpoints("instruct").glob("*.pt"))
     # A second call finds everything done.
     before = folder.metrics.read_text()
-    assert train(runs.loaded(tmp_path, scenes, algorithms=L2T, evaluation=evaluation)).metrics.read_text() == before
+    assert (
+        train(runs.loaded(tmp_path, scenes, algorithms=L2T, evaluation=evaluation)).metrics.read_text()
+        == before
+    )
 
 
 def test_l2t_false_is_the_run_in_which_it_was_never_named(tmp_path: Path, scenes: str) -> None:
@@ -60,17 +73,28 @@ def test_stages_chain_and_finished_ones_are_shared(tmp_path: Path, scenes: str) 
     stages = {"align": {"chat_template": "plain", "max_duration": "3ba"}, "instruct": {"max_duration": "3ba"}}
     first = train(runs.loaded(tmp_path, scenes, stages=stages, algorithms=L2T))
     align = load_model(first.stage("align") / "model")
-    second = train(runs.loaded(tmp_path, scenes, "run_name=second", "algorithms.l2t=false", stages=stages, algorithms=L2T))
+    second = train(
+        runs.loaded(
+            tmp_path, scenes, "run_name=second", "algorithms.l2t=false", stages=stages, algorithms=L2T
+        )
+    )
     taken = json.loads((second.stage("align") / "done.json").read_text())
     assert "small" in taken["taken_from"]
     assert {line["stage"] for line in read_metrics(second.metrics)} == {"instruct"}
     shared = load_model(second.stage("align") / "model")
-    assert all(torch.equal(a, b) for a, b in zip(align.state_dict().values(), shared.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(align.state_dict().values(), shared.state_dict().values(), strict=True)
+    )
     # From a run, from a stage of a run, from a folder.
     for i, start in enumerate(("small", "small@align", str(first.model))):
-        again = train(runs.loaded(tmp_path, scenes, f"init_from={start}", f"run_name=again{i}", max_duration="1ba"))
+        again = train(
+            runs.loaded(tmp_path, scenes, f"init_from={start}", f"run_name=again{i}", max_duration="1ba")
+        )
         assert (again.model / "config.json").is_file()
-    with pytest.raises(UserError, match="init_from 'smal': no stage, run or folder with a model; did you mean 'small'"):
+    with pytest.raises(
+        UserError, match="init_from 'smal': no stage, run or folder with a model; did you mean 'small'"
+    ):
         train(runs.loaded(tmp_path, scenes, "init_from=smal", "run_name=lost"))
 
 
@@ -108,24 +132,32 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, scenes: str) 
     assert [line["step"] for line in lines] == list(range(1, 15))
     assert _losses(resumed.path) == _losses(whole.path)
     names = ("l2t/loss_I", "l2t/n_I")
-    assert [[a[n] for n in names] for a in lines] == [[b[n] for n in names] for b in read_metrics(whole.metrics)]
+    assert [[a[n] for n in names] for a in lines] == [
+        [b[n] for n in names] for b in read_metrics(whole.metrics)
+    ]
 
 
 def test_activation_checkpointing_changes_no_number(tmp_path: Path, scenes: str) -> None:
     plain = train(runs.loaded(tmp_path, scenes, "run_name=plain", max_duration="2ba"))
-    saved = train(runs.loaded(tmp_path, scenes, "run_name=saved", "activation_checkpointing=true", max_duration="2ba"))
+    saved = train(
+        runs.loaded(tmp_path, scenes, "run_name=saved", "activation_checkpointing=true", max_duration="2ba")
+    )
     assert _losses(plain.path) == pytest.approx(_losses(saved.path), abs=1e-6)
 
 
 def test_bf16_autocast_on_a_cpu_is_close_to_fp32(tmp_path: Path, scenes: str) -> None:
     full = train(runs.loaded(tmp_path, scenes, "run_name=full", max_duration="2ba"))
     half = train(runs.loaded(tmp_path, scenes, "run_name=half", "precision=amp_bf16", max_duration="2ba"))
-    assert _losses(full.path) == pytest.approx(_losses(half.path), rel=0.02) and _losses(full.path) != _losses(half.path)
+    assert _losses(full.path) == pytest.approx(_losses(half.path), rel=0.02) and _losses(
+        full.path
+    ) != _losses(half.path)
 
 
 def test_packing_in_a_run_gives_the_same_losses(tmp_path: Path, scenes: str) -> None:
     plain = train(runs.loaded(tmp_path, scenes, "run_name=plain", max_duration="2ba"))
-    packed = train(runs.loaded(tmp_path, scenes, "run_name=packed", "train_loader.packing=true", max_duration="2ba"))
+    packed = train(
+        runs.loaded(tmp_path, scenes, "run_name=packed", "train_loader.packing=true", max_duration="2ba")
+    )
     assert _losses(plain.path) == pytest.approx(_losses(packed.path), abs=1e-5)
 
 
@@ -189,11 +221,12 @@ def test_a_method_without_pictures_to_act_on_is_refused(tmp_path: Path) -> None:
 
 
 def test_bad_samples_are_named_and_too_many_stop_the_run(tmp_path: Path) -> None:
-    import jobs  # noqa: F401  (filters warnings)
     from streaming import MDSWriter
 
     from opsin.data.scenes import SceneConfig, sample
     from opsin.data.schema import COLUMNS
+
+    import jobs  # noqa: F401  (filters warnings)
 
     config = SceneConfig(objects=(1, 2), charts=0, sign=0, questions=2, kinds=("colour",))
     with MDSWriter(out=str(tmp_path / "bad"), columns=COLUMNS, hashes=["xxh64"]) as writer:
@@ -204,10 +237,24 @@ def test_bad_samples_are_named_and_too_many_stop_the_run(tmp_path: Path) -> None
             writer.write(record)
     data = str(tmp_path / "bad")
     # Preflight looks at the first samples only; the guard counts during the run.
-    with pytest.raises(UserError, match=r"of 96 samples cannot be used \(6 unreadable_image\).*skipped\.jsonl"):
-        train(runs.loaded(tmp_path, data, "preflight.max_skipped=0.01", max_duration="1ep", train_loader={"dataset": {"remote": data, "shuffle": False}}))
+    with pytest.raises(
+        UserError, match=r"of 96 samples cannot be used \(6 unreadable_image\).*skipped\.jsonl"
+    ):
+        train(
+            runs.loaded(
+                tmp_path,
+                data,
+                "preflight.max_skipped=0.01",
+                max_duration="1ep",
+                train_loader={"dataset": {"remote": data, "shuffle": False}},
+            )
+        )
     named = [json.loads(line) for line in (tmp_path / "runs/small/skipped.jsonl").read_text().splitlines()]
-    assert len(named) == 6 and all(n["reason"] == "unreadable_image" and n["id"].startswith("scenes/") for n in named)
-    folder = train(runs.loaded(tmp_path, data, "preflight.max_skipped=0.5", "run_name=patient", max_duration="1ep"))
+    assert len(named) == 6 and all(
+        n["reason"] == "unreadable_image" and n["id"].startswith("scenes/") for n in named
+    )
+    folder = train(
+        runs.loaded(tmp_path, data, "preflight.max_skipped=0.5", "run_name=patient", max_duration="1ep")
+    )
     last = read_metrics(folder.metrics)[-1]
     assert last["data/skipped"] == 6 == last["data/skipped_unreadable_image"]
