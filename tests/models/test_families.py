@@ -1,0 +1,285 @@
+"""Each family beside stock transformers: the same pixels, tokens, logits; and which token shows which part."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from opsin.data.batch import split_batch
+from opsin.data.chat import exchanges, render
+from opsin.data.collate import VLMCollator
+from opsin.data.schema import Role, pack_images
+from opsin.models.anatomy import families, image_encoder_for
+from opsin.models.errors import UserError
+from opsin.models.geometry import PER_IMAGE_KEYS, PIXEL_KEY, EncodedImage
+from opsin.models.step import Step
+from opsin.models.vlm import VisionLanguageModel
+
+import jobs
+import zoo
+
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SIZES = st.tuples(st.integers(9, 70), st.integers(9, 70))
+
+
+@lru_cache
+def built(family: str) -> zoo.Built:
+    return zoo.build(family)
+
+
+@lru_cache
+def model(family: str) -> VisionLanguageModel:
+    made = VisionLanguageModel(built(family).hf, built(family).processor)
+    return made.eval()
+
+
+@lru_cache
+def collator(family: str) -> VLMCollator:
+    return jobs.collator(built(family), pad_to_multiple_of=1)
+
+
+def encode(family: str, picture: Image.Image) -> EncodedImage:
+    return image_encoder_for(built(family).processor, built(family).hf.config).encode(picture)
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """Red rises from left to right, green from top to bottom: a colour says where it was."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    return Image.fromarray((np.stack([x, y, np.full_like(x, 0.5)], axis=-1) * 255).astype(np.uint8))
+
+
+def rendered(family: str, sample: dict[str, Any]) -> str:
+    encoder = collator(family).encoder
+    system, pairs = exchanges(sample["conversations"])
+    return "".join(s.text for s in render(system, pairs, encoder.template, encoder.images.placeholder))
+
+
+def pixels_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@QUICK
+@given(sizes=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_pixels_and_tokens_are_those_of_the_stock_processor(
+    family: str, sizes: list[tuple[int, int]], seed: int
+) -> None:
+    sample = zoo.sample(seed, images=len(sizes))
+    sample["images"] = pack_images([zoo.picture(seed + i, size) for i, size in enumerate(sizes)])
+    pictures = [Image.open(io.BytesIO(zoo.picture(seed + i, s))).convert("RGB") for i, s in enumerate(sizes)]
+    stock = built(family).processor(
+        images=pictures, text=[rendered(family, sample)], return_tensors="pt", add_special_tokens=False
+    )
+    ours = collator(family)([sample])
+    assert int(ours["sample_status"].sum()) == 0
+    assert ours["input_ids"].tolist() == stock["input_ids"].tolist()
+    for key, value in pixels_of(ours).items():
+        assert torch.equal(value, stock[key]), key
+
+
+@QUICK
+@given(sizes=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_qwens_pixels_and_tokens_are_those_of_its_image_processor(
+    sizes: list[tuple[int, int]], seed: int
+) -> None:
+    sample = zoo.sample(seed, images=len(sizes))
+    sample["images"] = pack_images([zoo.picture(seed + i, size) for i, size in enumerate(sizes)])
+    pictures = [Image.open(io.BytesIO(zoo.picture(seed + i, s))).convert("RGB") for i, s in enumerate(sizes)]
+    images = built("qwen2_5_vl").processor.image_processor
+    stock = images(images=pictures, return_tensors="pt")
+    ours = collator("qwen2_5_vl")([sample])
+    for key, value in pixels_of(ours).items():
+        assert torch.equal(value, stock[key]), key
+    # One token for 2 x 2 patches, between vision-start and vision-end, as Qwen2_5_VLProcessor writes them.
+    text = rendered("qwen2_5_vl", sample)
+    for thw in stock["image_grid_thw"].tolist():
+        text = text.replace("<|image_pad|>", "<X>" * (thw[0] * thw[1] * thw[2] // 4), 1)
+    ids = zoo.tokenizer()(text.replace("<X>", "<|image_pad|>"), add_special_tokens=False)["input_ids"]
+    assert ours["input_ids"][0].tolist() == ids
+    assert text.count("<|vision_start|><X>") == text.count("<X><|vision_end|>") == len(sizes)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_forward_gives_the_stock_models_numbers(family: str) -> None:
+    samples = [zoo.sample(i, images=n, turns=t, size=s) for i, (n, t, s) in enumerate(
+        [(1, 2, (20, 16)), (2, 1, (40, 18)), (0, 1, (9, 9)), (1, 3, (17, 50))]
+    )]  # fmt: skip
+    batch = collator(family)(samples)
+    with torch.no_grad():
+        stock = built(family).hf(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+            **pixels_of(batch),
+        )
+        (micro,) = split_batch(batch, None)
+        out = model(family).net(micro, Step(micro))
+    ours = model(family).logits(batch)
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(ours[real], stock.logits[real], atol=1e-5)
+    loss = model(family).loss(out, micro)["lm"]
+    assert torch.allclose(loss, stock.loss, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(
+        stock.logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+    )[batch["labels"][:, 1:] != -100]
+    assert torch.allclose(out["nll"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_a_text_only_batch_gives_the_stock_models_loss_and_runs_the_idle_tower(family: str) -> None:
+    batch = collator(family)([zoo.sample(1, images=0), zoo.sample(2, images=0, turns=2)])
+    (micro,) = split_batch(batch, None)
+    with torch.no_grad():
+        stock = built(family).hf(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        )
+    out = model(family).net(micro, Step(micro))
+    assert float(out["zero"]) == 0 and out["zero"].requires_grad
+    assert torch.allclose(model(family).loss(out, micro)["lm"], stock.loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+@QUICK
+@given(size=SIZES)
+def test_as_many_features_as_image_tokens(family: str, size: tuple[int, int]) -> None:
+    encoded = encode(family, ramp(*size))
+    with torch.no_grad():
+        features = model(family).anatomy.image_features(built(family).hf, encoded.pixels)
+    assert len(features) == len(encoded.token_ids)
+    assert set(encoded.token_ids.tolist()) == {image_encoder_for(*_parts(family)).image_token_id}
+
+
+def _parts(family: str) -> tuple[Any, Any]:
+    return built(family).processor, built(family).hf.config
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+@QUICK
+@given(sizes=st.lists(SIZES, min_size=1, max_size=2))
+def test_every_patch_has_one_token_and_newlines_have_none(family: str, sizes: list[tuple[int, int]]) -> None:
+    sample = zoo.sample(3, images=len(sizes))
+    sample["images"] = pack_images([zoo.picture(i, size) for i, size in enumerate(sizes)])
+    (part,) = split_batch(collator(family)([zoo.sample(1, images=0), sample]), None)
+    positions = part["patch_position"]
+    assert len(positions.unique()) == len(positions) == int(part["view_grid"].prod(1).sum())
+    roles = part["roles"].flatten()
+    assert bool((roles[positions] == Role.IMAGE).all())
+    # What is no patch: one newline a row of the mosaic in LLaVA-NeXT, nothing elsewhere.
+    mosaics = part["view_grid"][1::2, 0].sum() if family == "llava_next" else 0
+    assert int((roles == Role.IMAGE).sum()) - len(positions) == int(mosaics)
+    for view, (rows, columns) in enumerate(part["view_grid"].tolist()):
+        mine = part["patch_view"] == view
+        assert part["patch_row"][mine].tolist() == [r for r in range(rows) for _ in range(columns)]
+        assert part["patch_column"][mine].tolist() == list(range(columns)) * rows
+        first = positions[mine][0]
+        assert (positions[mine] - first).tolist() == [
+            r * int(part["view_stride"][view]) + c for r in range(rows) for c in range(columns)
+        ]
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+@QUICK
+@given(size=SIZES)
+def test_grid_and_box_say_where_in_the_picture_a_patch_was(family: str, size: tuple[int, int]) -> None:
+    encoded = encode(family, ramp(*size))
+    views = model(family).pictures(encoded.pixels)
+    assert len(views) == len(encoded.views)
+    for view, shown in zip(encoded.views, views, strict=True):
+        (rows, columns), (left, top, right, bottom) = view.grid, view.box
+        patch = 8 if family == "qwen2_5_vl" else 4
+        assert shown.shape == (3, rows * patch, columns * patch)
+        assert 0 <= float(shown.min()) <= float(shown.max()) <= 1
+        mean = shown.unflatten(2, (columns, patch)).unflatten(1, (rows, patch)).mean((2, 4))
+        x = left + (right - left) * (torch.arange(columns) + 0.5) / columns
+        y = top + (bottom - top) * (torch.arange(rows) + 0.5) / rows
+        # Patches wholly inside the picture; bicubic resizing and rounding to whole pixels cost a little.
+        half = ((right - left) / columns / 2, (bottom - top) / rows / 2)
+        inside = ((x - half[0] > 0) & (x + half[0] < 1))[None] & ((y - half[1] > 0) & (y + half[1] < 1))[
+            :, None
+        ]
+        slack = 0.02 + 1.0 / min(size)
+        assert _most(mean[0] - x[None], inside) < slack
+        assert _most(mean[1] - y[:, None], inside) < slack
+
+
+def _most(difference: torch.Tensor, inside: torch.Tensor) -> float:
+    return float(difference.abs()[inside].max()) if bool(inside.any()) else 0.0
+
+
+@pytest.mark.parametrize(("family", "size"), [("llava", (16, 16)), ("llava_next", (32, 24)), ("llava_next", (32, 32)), ("qwen2_5_vl", (32, 24))])  # fmt: skip
+def test_a_changed_patch_changes_the_token_at_its_row_and_column_alone(
+    family: str, size: tuple[int, int]
+) -> None:
+    """With attention switched off in the tower, a feature depends on its own patch only."""
+    fresh = zoo.build(family)
+    for name, parameter in fresh.hf.named_parameters():
+        if ("out_proj" in name or "attn.proj" in name) and ("vision_tower" in name or "visual" in name):
+            torch.nn.init.zeros_(parameter)
+    made = VisionLanguageModel(fresh.hf, fresh.processor).eval()
+    encoder = image_encoder_for(fresh.processor, fresh.hf.config)
+    grey = np.full((size[1], size[0], 3), 90, np.uint8)
+    patch = 8 if family == "qwen2_5_vl" else 4
+    before = encoder.encode(Image.fromarray(grey))
+    view = before.views[-1]
+    assert view.grid == (size[1] // patch, size[0] // patch)
+    assert view.box == pytest.approx((0, 0, 1, 1))
+    with torch.no_grad():
+        reference = made.anatomy.image_features(fresh.hf, before.pixels)
+        for row, column in {(0, 0), (1, 2), (view.grid[0] - 1, view.grid[1] - 1)}:
+            changed = grey.copy()
+            changed[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = (250, 10, 40)
+            after = made.anatomy.image_features(fresh.hf, encoder.encode(Image.fromarray(changed)).pixels)
+            different = (after - reference).abs().amax(1) > 1e-6
+            tokens = [t for t in different.nonzero().flatten().tolist() if t >= view.start]
+            assert tokens == [view.start + row * view.stride + column]
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_pictures_of_a_batch_come_in_the_order_of_its_views(family: str) -> None:
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    sizes = [(40, 18), (16, 16), (18, 33)]
+    encoded = []
+    for colour, size in zip(colours, sizes, strict=True):
+        buffer = io.BytesIO()
+        Image.new("RGB", size, colour).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    two, one = zoo.sample(1, images=2), zoo.sample(2, images=1)
+    two["images"], one["images"] = pack_images(encoded[:2]), pack_images(encoded[2:])
+    (micro,) = split_batch(collator(family)([two, zoo.sample(3, images=0), one]), None)
+    pictures = model(family).pictures(micro)
+    per_picture = len(pictures) // 3
+    assert len(pictures) == len(micro["view_row"]) == 3 * per_picture
+    assert micro["view_row"].tolist() == [0] * 2 * per_picture + [2] * per_picture
+    for i, shown in enumerate(pictures):
+        grid = micro["view_grid"][i].tolist()
+        assert shown.shape[1] * grid[1] == shown.shape[2] * grid[0]
+        middle = shown[:, shown.shape[1] // 2, shown.shape[2] // 2] * 255
+        assert torch.allclose(middle, torch.tensor(colours[i // per_picture]).float(), atol=3)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_every_parameter_belongs_to_its_part(family: str) -> None:
+    anatomy = model(family).anatomy
+    parts = {name: anatomy.part_of(name) for name, _ in built(family).hf.named_parameters()}
+    assert set(parts.values()) == {"vision_tower", "mm_projector", "language_model"}
+    for name, part in parts.items():
+        projector = "multi_modal_projector" in name or "merger" in name or "image_newline" in name
+        tower = ("vision_tower" in name or "visual" in name) and not projector
+        assert part == ("mm_projector" if projector else "vision_tower" if tower else "language_model"), name
+
+
+def test_an_unknown_family_names_the_nearest() -> None:
+    class Config:
+        model_type = "lava"
+
+    assert {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl"} <= set(families())
+    with pytest.raises(UserError, match="no anatomy for model type 'lava'; did you mean 'llava'"):
+        image_encoder_for(None, Config())
