@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .errors import UserError
+from .portable import make_portable, portable_names
 from .vlm import VisionLanguageModel
 
 HEADS = "opsin_heads.safetensors"
@@ -68,12 +69,13 @@ def export_model(
     attention = "bidirectional" if model.net.bidirectional_images else "causal"
     hf.config.opsin = {**(notes or {}), "image_attention": attention}
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    hf.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+    hf.save_pretrained(partial, state_dict=portable_names(weights, hf.config), safe_serialization=True)
     if model.processor is not None:
         if chat_template is not None:
             model.processor.chat_template = chat_template
             model.processor.tokenizer.chat_template = chat_template
         model.processor.save_pretrained(partial)
+    make_portable(partial, model.processor)
     auxiliary = {
         k.removeprefix("net.auxiliary."): v for k, v in state.items() if k.startswith("net.auxiliary.")
     }
