@@ -195,6 +195,8 @@ def largest_difference(
         prompt = prompts_of(collator.encoder, sample)[0]
         batch = VLMCollator(collator.encoder, pad_to_multiple_of=1).layout([prompt.document])
         pixels = {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
+        if ours.anatomy.token_types:
+            pixels["mm_token_type_ids"] = (batch["image_ids"] >= 0).int()
         theirs = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **pixels).logits
         mine = ours.logits(batch)
         worst = max(worst, float((theirs - mine).abs().max()))

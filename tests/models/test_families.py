@@ -113,12 +113,16 @@ def test_forward_gives_the_stock_models_numbers(family: str) -> None:
         [(1, 2, (20, 16)), (2, 1, (40, 18)), (0, 1, (9, 9)), (1, 3, (17, 50))]
     )]  # fmt: skip
     batch = collator(family)(samples)
+    types = {}
+    if model(family).anatomy.token_types:
+        types["mm_token_type_ids"] = (batch["image_ids"] >= 0).int()
     with torch.no_grad():
         stock = built(family).hf(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             labels=batch["labels"],
             **pixels_of(batch),
+            **types,
         )
         (micro,) = split_batch(batch, None)
         out = model(family).net(micro, Step(micro))

@@ -48,8 +48,8 @@ def loud(family: str) -> zoo.Built:
     built = zoo.build(family)
     with torch.no_grad():
         for name, parameter in built.hf.named_parameters():
-            if "language_model.layers" in name and parameter.ndim > 1:
-                parameter *= 6
+            if ("language_model.layers" in name or "merger" in name) and parameter.ndim > 1:
+                parameter *= 10
     return built
 
 
