@@ -24,6 +24,7 @@ from typing import Any
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.shuffle import algos
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import get_worker_info
 
@@ -82,6 +83,9 @@ class StreamingVLMDataset(StreamingDataset):
         if bool(streams) == bool(remote):
             raise UserError("dataset: give either remote or streams")
         named: dict[str, Mapping[str, Any]] = dict(streams or {"default": {"remote": remote, "local": local}})
+        algorithm = kwargs.get("shuffle_algo")
+        if algorithm is not None and algorithm not in algos:  # Streaming looks when an epoch starts
+            raise UserError(f"dataset: shuffle_algo '{algorithm}': unknown{nearest(str(algorithm), algos)}")
         self.stream_names = list(named)
         made = [_stream(name, options, validate_hash) for name, options in named.items()]
         try:
@@ -240,9 +244,10 @@ def _stream(name: str, options: Mapping[str, Any], validate_hash: str | None) ->
 
 
 def _hash_of(options: Mapping[str, Any], validate_hash: str | None) -> str | None:
-    """``auto``: the fastest hash that the dataset was written with; None where there is none."""
-    if validate_hash != "auto":
-        return validate_hash
+    """``auto``: the fastest hash that the dataset was written with; None where there is none.
+
+    Fetches the index if it is not here yet, so that what cannot be reached is refused here.
+    """
     index = Path(options["local"]) / options.get("split", "") / "index.json"
     if not index.is_file():
         index.parent.mkdir(parents=True, exist_ok=True)
@@ -250,8 +255,15 @@ def _hash_of(options: Mapping[str, Any], validate_hash: str | None) -> str | Non
     try:
         shards = json.loads(index.read_text())["shards"]
         written = shards[0]["raw_data"]["hashes"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"dataset: {index} is no index of MDS shards ({_first_line(error)})") from error
+    if validate_hash not in ("auto", None) and validate_hash not in written:
+        raise UserError(
+            f"dataset: validate_hash '{validate_hash}': {index.parent} was not written with it"
+            f"{nearest(validate_hash, written)}; auto takes the fastest that is there, null checks nothing"
+        )
+    if validate_hash != "auto":
+        return validate_hash
     return next((h for h in reversed(HASHES) if h in written), next(iter(written), None))
 
 
