@@ -14,6 +14,20 @@ class UserError(Exception):
     """
 
 
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The :class:`UserError` that another error wraps: as its cause, or as a rank's failure in a checkpoint's load."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        failures = getattr(error, "failures", None)  # torch's CheckpointException: rank -> (error, traceback)
+        for failure in failures.values() if isinstance(failures, dict) else ():
+            found = user_error_in(failure[0] if isinstance(failure, tuple) else failure)
+            if found is not None:
+                return found
+        error = error.__cause__
+    return None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Hint that names the closest valid name: ``"; did you mean 'l2t'?"``, else the list of what there is."""
     known = sorted(known)

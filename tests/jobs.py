@@ -201,3 +201,34 @@ def _make(name: str, kwargs: dict) -> Any:
 
     module, cls = name.split(":")
     return getattr(importlib.import_module(module), cls)(**kwargs)
+
+
+def gloo_reduce_scatter_average() -> float:
+    """What the backend makes of ``ReduceOp.AVG`` over ranks that bring 1 and 3: 2, or the sum 4."""
+    world = dist.get_world_size()
+    out = torch.zeros(1)
+    given = torch.full((world,), float(1 + 2 * dist.get_global_rank()))
+    torch.distributed.reduce_scatter_tensor(out, given, op=torch.distributed.ReduceOp.AVG)
+    return float(out)
+
+
+def run_yaml(files: list[str], arguments: list[str] = ()) -> dict[str, Any]:
+    """A whole run on all ranks; whether and how its Trainer was sharded."""
+    from opsin.training import stage_run
+    from opsin.training.config import load
+    from opsin.training.train import train as run
+
+    seen: list[tuple[bool, list[str]]] = []
+    stock = stage_run.assert_sharded
+
+    def spy(trainer: Any) -> None:
+        plain = [n for n, p in trainer.state.model.named_parameters() if not hasattr(p, "full_tensor")]
+        seen.append((bool(trainer.state.fsdp_enabled), plain))
+        stock(trainer)
+
+    stage_run.assert_sharded = spy
+    try:
+        folder = run(load(files, arguments))
+    finally:
+        stage_run.assert_sharded = stock
+    return {"folder": str(folder.path), "sharded": seen}

@@ -10,6 +10,7 @@ placeholder masks (``get_placeholder_mask``), LLaVA-NeXT and Qwen2-VL at image s
 
 from __future__ import annotations
 
+import io
 import pickle
 import types
 from pathlib import Path
@@ -71,16 +72,29 @@ def load_checkpoints_without_code(trust: bool = False) -> None:
     """
     from composer.utils import checkpoint
     from torch.distributed.checkpoint import filesystem
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+    stock_bytes = getattr(DefaultLoadPlanner.load_bytes, "_stock", DefaultLoadPlanner.load_bytes)
     if trust:
         checkpoint._torch_load_with_validation = _STOCK_LOAD or checkpoint._torch_load_with_validation
         filesystem.pickle = pickle  # type: ignore[attr-defined]
+        DefaultLoadPlanner.load_bytes = stock_bytes  # type: ignore[method-assign]
         return
     _remember(checkpoint._torch_load_with_validation)
     checkpoint._torch_load_with_validation = _load_tensors_only
     filesystem.pickle = types.SimpleNamespace(  # type: ignore[attr-defined]
         load=lambda file: _MetadataUnpickler(file).load(), dump=pickle.dump, dumps=pickle.dumps
     )
+
+    def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
+        # What is no tensor in a distributed checkpoint; upstream unpickles anything. It gets our own bytes.
+        own = io.BytesIO()
+        torch.save(_plain_load(value), own)
+        own.seek(0)
+        stock_bytes(self, read_item, own)
+
+    load_bytes._stock = stock_bytes  # type: ignore[attr-defined]
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
 
 
 _STOCK_LOAD: Any = None
@@ -95,10 +109,13 @@ def _remember(stock: Any) -> None:
 def _load_tensors_only(checkpoint_filepath: Path | str, map_location: str) -> Any:
     from composer.utils.checkpoint import _ensure_valid_checkpoint
 
-    path = _ensure_valid_checkpoint(checkpoint_filepath)
+    return _plain_load(_ensure_valid_checkpoint(checkpoint_filepath), map_location)
+
+
+def _plain_load(file: Any, map_location: str | None = None) -> Any:
     try:
         with torch.serialization.safe_globals(_allowed()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"the checkpoint holds more than tensors and plain data ({_culprit(error)}) and was not loaded; set "
@@ -120,12 +137,13 @@ def _allowed() -> list[Any]:
     import datetime
 
     import numpy as np
+    from torch.torch_version import TorchVersion
 
     core: Any = getattr(np, "_core", None) or getattr(np, "core")  # noqa: B009  (numpy 2 / 1)
     dtypes = [
         getattr(np.dtypes, n) for n in ("UInt32DType", "Int64DType", "Float64DType") if hasattr(np, "dtypes")
     ]
-    plain = [torch.torch_version.TorchVersion, datetime.timedelta, _codecs.encode]
+    plain = [TorchVersion, datetime.timedelta, _codecs.encode]
     return [core.multiarray._reconstruct, np.ndarray, np.dtype, *dtypes, *plain]
 
 

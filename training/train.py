@@ -50,6 +50,9 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
         )
     run = loaded.run
     parallelism(loaded)  # a wrong key is refused before any process group exists
+    checkpoint = run.load_path
+    if checkpoint and "://" not in checkpoint and "{" not in checkpoint and not Path(checkpoint).exists():
+        raise UserError(f"{loaded.where('load_path')}: no checkpoint at '{checkpoint}'")
     if dist.get_world_size() > 1 or run.parallelism_config:
         dist.initialize_dist(run.device, timeout=run.dist_timeout)
     console = console or Console(stderr=True, quiet=dist.get_global_rank() != 0)
