@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
-from ..models.errors import UserError
+from ..models.errors import UserError, user_error_in
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
@@ -33,12 +33,10 @@ def main() -> None:
         sys.exit(130)
     except UserError as error:
         _report(error)
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:  # a refusal in a worker or callback arrives wrapped
-            if isinstance(cause, UserError):
-                _report(cause)
-            cause = cause.__cause__
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        wrapped = user_error_in(error)  # a refusal in a worker, callback or checkpoint
+        if wrapped is not None:
+            _report(wrapped)
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
