@@ -111,7 +111,7 @@ def _checkpoint_with(content: Any, tmp_path: Path, scenes: str) -> tuple[str, Pa
 def test_a_checkpoint_that_would_run_code_is_refused_in_one_line(tmp_path: Path, scenes: str) -> None:
     made = tmp_path / "made"
     path, _ = _checkpoint_with(Malicious(made), tmp_path, scenes)
-    with pytest.raises(UserError, match="holds more than tensors and plain data.*trust_checkpoint") as error:
+    with pytest.raises(UserError, match=r"holds more than tensors and plain data.*trust_checkpoint") as error:
         train(runs.loaded(tmp_path, scenes, f"load_path={path}", "run_name=victim", max_duration="2ba"))
     assert "\n" not in str(error.value) and "mkdir" in str(error.value)
     assert not made.exists()
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_in_one_line(tmp_path: Path,
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path: Path, scenes: str) -> None:
-    with pytest.raises(UserError, match="load_path: no checkpoint at 'nowhere.pt'"):
+    with pytest.raises(UserError, match=r"load_path: no checkpoint at 'nowhere\.pt'"):
         train(runs.loaded(tmp_path, scenes, "load_path=nowhere.pt"))
 
 
@@ -140,7 +140,7 @@ def test_a_distributed_checkpoints_metadata_that_would_run_code_is_refused(tmp_p
     real: Metadata = pickle.loads(evil.read_bytes())
     real.planner_data = Malicious(made)
     evil.write_bytes(pickle.dumps(real))
-    with pytest.raises(UserError, match="metadata names posix.mkdir, which is no plain data") as error:
+    with pytest.raises(UserError, match=r"metadata names posix\.mkdir, which is no plain data") as error:
         dcp.FileSystemReader(tmp_path / "good").read_metadata()
     assert "\n" not in str(error.value) and not made.exists()
     compat.apply(trust_checkpoints=True)
