@@ -27,8 +27,15 @@ def named_parts(model: VisionLanguageModel) -> Iterator[tuple[str, str, nn.Param
             yield model.anatomy.part_of(name.removeprefix(_HF)), name, parameter
 
 
+TRAINABLE = (*PARTS[:3], "embeddings")
+"""What ``trainable:`` may name: the parts, and the language model's embeddings and head within theirs."""
+
+
 def set_trainable(model: VisionLanguageModel, trainable: Mapping[str, bool]) -> None:
     """Freeze and unfreeze parts (``vision_tower``, ``mm_projector``, ``language_model``).
+
+    ``embeddings: false`` keeps the language model's token embeddings and head frozen although
+    ``language_model`` is trained (with a vocabulary of 49,152 they are a fifth of SmolLM2-135M).
 
     Parameters of a trained vision tower that no output reads (LLaVA takes layer -2: the last layer and the
     final norm are computed for nothing) stay frozen: they would never get a gradient, which stops DDP.
@@ -37,11 +44,14 @@ def set_trainable(model: VisionLanguageModel, trainable: Mapping[str, bool]) -> 
         UserError: unknown part.
     """
     for part in trainable:
-        if part not in PARTS[:3]:
-            raise UserError(f"trainable.{part}: unknown part{nearest(part, PARTS[:3])}")
+        if part not in TRAINABLE:
+            raise UserError(f"trainable.{part}: unknown part{nearest(part, TRAINABLE)}")
     for part, _, parameter in named_parts(model):
         if part in trainable:
             parameter.requires_grad_(bool(trainable[part]))
+    if not trainable.get("embeddings", True):
+        for module in (model.hf.get_input_embeddings(), model.hf.get_output_embeddings()):
+            module.requires_grad_(False)
     if trainable.get("vision_tower"):
         for parameter in unused_in_tower(model):
             parameter.requires_grad_(False)

@@ -213,12 +213,13 @@ def data_scenes(
 def data_easy_vqa(
     out: Annotated[str, typer.Option(help="New folder.")],
     split: Annotated[str, typer.Option(help="train or test")] = "train",
-    limit: Annotated[int | None, typer.Option()] = None,
+    limit: Annotated[int | None, typer.Option(help="Most samples.")] = None,
+    yesno: Annotated[int | None, typer.Option(help="Most yes/no questions a picture.")] = None,
 ) -> None:
     """The pictures and questions of the easy-vqa package (opsin[real])."""
     from ..data.convert.easy_vqa import write
 
-    written = write(out, split, limit=limit)
+    written = write(out, split, limit=limit, yesno=yesno)
     print(f"{written} samples in {out}")
 
 
@@ -247,13 +248,25 @@ def data_inspect(
 @data_app.command("language-model")
 def data_language_model(
     out: Annotated[Path, typer.Option(help="safetensors file to write.")],
-    steps: Annotated[int, typer.Option()] = 1200,
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train the language model of scenes_llava on text alone (how the shipped weights were made)."""
-    from .language_model import train_language_model
+    from .pretrain import train_language_model
 
     train_language_model(out, steps=steps, seed=seed, console=Console(stderr=True))
+
+
+@data_app.command("vision-tower")
+def data_vision_tower(
+    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    steps: Annotated[int, typer.Option(min=1)] = 4000,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train the vision tower of scenes_llava as a captioner's (how the shipped weights were made)."""
+    from .pretrain import train_vision_tower
+
+    train_vision_tower(out, steps=steps, seed=seed, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ def hf_vlm(
 
 def scenes_llava(
     language_model: str | None = "shipped",
+    vision_tower: str | None = "shipped",
     image_size: int = 64,
     patch_size: int = 8,
     vision_width: int = 96,
-    vision_layers: int = 2,
+    vision_layers: int = 3,
     hidden_size: int = 128,
     layers: int = 4,
     heads: int = 4,
@@ -58,7 +59,9 @@ def scenes_llava(
 
     Args:
         language_model: safetensors file with the language model's weights; ``shipped``: the file in this
-            package, trained on text alone (``opsin data scenes`` twins, never a blanked picture); None: random.
+            package, trained on text alone (``opsin data language-model``); None: random.
+        vision_tower: the same for the tower; ``shipped``: what a captioner left behind
+            (``opsin data vision-tower``); None: random.
         image_size, patch_size, vision_width, vision_layers, hidden_size, layers, heads, seed: see
             ``models.tiny.tiny_llava``.
         bidirectional_images, attn_implementation: see :func:`hf_vlm`.
@@ -78,30 +81,38 @@ def scenes_llava(
         seed=seed,
     )
     hf.set_attn_implementation(attn_implementation)
-    if language_model is not None:
-        load_language_model(hf, language_model)
+    for part, source in (("language_model", language_model), ("vision_tower", vision_tower)):
+        if source is not None:
+            load_part(hf.get_submodule(f"model.{part}"), part, source)
     return VisionLanguageModel(hf, processor, bidirectional_images=bidirectional_images)
 
 
-def load_language_model(hf: Any, source: str) -> None:
-    """Put saved weights into the language model of ``hf``; every tensor must be there and fit."""
+def load_part(module: Any, part: str, source: str) -> None:
+    """Put saved weights into one part of ``scenes_llava``; every tensor must be there and fit.
+
+    Args:
+        module: the part.
+        part: ``language_model`` or ``vision_tower``.
+        source: safetensors file, or ``shipped``.
+
+    Raises:
+        UserError: no such file, or other tensors.
+    """
+    command = f"opsin data {part.replace('_', '-')} --out FILE"
     if source == "shipped":
-        path = Path(str(resources.files("opsin.models"))) / "assets" / "scenes_language_model.safetensors"
+        path = Path(str(resources.files("opsin.models"))) / "assets" / f"scenes_{part}.safetensors"
     else:
         path = Path(source)
     if not path.is_file():
+        raise UserError(f"model.{part}: no file '{path}'; make it with `{command}`")
+    stored = {k: v.float() for k, v in load_file(path).items()}
+    wanted = {k: v.shape for k, v in module.state_dict().items() if v.is_floating_point()}
+    if wanted != {k: v.shape for k, v in stored.items()}:
         raise UserError(
-            f"model.language_model: no file '{path}'; make it with `opsin data language-model --out FILE`"
+            f"model.{part}: '{path}' holds other tensors than this model; sizes must be those it was trained "
+            f"with ({command} trains anew), or set {part}: null"
         )
-    state = {k: v.float() for k, v in load_file(path).items()}
-    decoder = hf.model.language_model
-    try:
-        decoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"model.language_model: '{path}' has other tensors than this model ({str(error).splitlines()[-1].strip()}); "
-            "hidden_size, layers and heads must be those it was trained with, or set language_model: null"
-        ) from error
+    module.load_state_dict(stored, strict=False)  # buffers of position numbers are not stored
 
 
 def smollm2_llava_model(

@@ -24,11 +24,14 @@ def scenes(out: str, split: str, samples: int, stream: str = "vqa", seed: int = 
     write(out, config=SceneConfig(**config), seed=seed, split=split, stream=stream, samples=samples)
 
 
-def easy_vqa(out: str, split: str, limit: int | None = None) -> None:
-    """easy-vqa's packaged pictures and questions (needs ``opsin[real]``)."""
+def easy_vqa(out: str, split: str, limit: int | None = None, yesno: int | None = None) -> None:
+    """easy-vqa's packaged pictures and questions (needs ``opsin[real]``).
+
+    ``yesno``: keep so many yes/no questions a picture; they are three quarters of the text.
+    """
     from ..data.convert.easy_vqa import write
 
-    write(out, split, **({} if limit is None else {"limit": limit}))
+    write(out, split, limit=limit, yesno=yesno)
 
 
 def prepare(loaded: Loaded, console: Console) -> None:

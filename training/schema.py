@@ -81,11 +81,15 @@ class PreflightConfig:
 
 @dataclass
 class TrainableConfig:
-    """Which parts are trained; the rest is frozen. The defaults are LLaVA's for instruction tuning."""
+    """Which parts are trained; the rest is frozen. The defaults are LLaVA's for instruction tuning.
+
+    ``embeddings: false`` freezes token embeddings and LM head within a trained language model.
+    """
 
     vision_tower: bool = False
     mm_projector: bool = True
     language_model: bool = True
+    embeddings: bool = True
 
 
 @dataclass

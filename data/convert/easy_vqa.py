@@ -19,14 +19,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from ...models.errors import UserError, nearest
 from ...models.packaged import packaged_file
-from ..schema import COLUMNS, HASHES, IMAGE_MARK, pack_images
-from ..sentences import SIDECAR, SentenceCounts
+from ..schema import IMAGE_MARK, pack_images
+from ..sentences import SIDECAR, dataset_hash
+from ..shards import write_shards
 
 SPLITS = ("train", "test")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -96,7 +96,7 @@ def write(
     *,
     yesno: int | None = None,
     limit: int | None = None,
-    shard_size: int | str = "64mb",
+    size_limit: int = 1 << 26,
 ) -> int:
     """Write one split as MDS shards, with the counts of its instruction sentences beside them.
 
@@ -105,7 +105,7 @@ def write(
         split: ``"train"`` or ``"test"``.
         yesno: see :func:`read`.
         limit: number of records; default: all.
-        shard_size: largest size of a shard, in bytes or as ``"64mb"``.
+        size_limit: most bytes in a shard.
 
     Returns:
         The number of records written.
@@ -113,24 +113,14 @@ def write(
     Raises:
         UserError: no such split, missing package, or ``out`` holds something already.
     """
-    from streaming import MDSWriter  # takes seconds to import
-
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: give another folder, or remove it")
-    counts = SentenceCounts()
-    written = 0
-    records = itertools.islice(read(split, yesno=yesno), limit)
-    with MDSWriter(
-        out=str(out), columns=COLUMNS, hashes=list(HASHES), compression=None, size_limit=shard_size
-    ) as writer:
-        for record in records:
-            writer.write(record)
-            counts.add(record["conversations"])
-            written += 1
-    counts.dataset = blake2b((out / "index.json").read_bytes(), digest_size=8).hexdigest()
+    records = list(itertools.islice(read(split, yesno=yesno), limit))
+    counts, index = write_shards(str(out), iter(records), size_limit)
+    counts.dataset = dataset_hash(index)
     counts.save(out / SIDECAR)
-    return written
+    return len(records)
 
 
 def _kept(kinds: list[str], yesno: int | None) -> list[int]:

@@ -1,26 +1,22 @@
 """Scenes as MDS shards, in a folder or in object storage, with the sentence counts beside them.
 
-The only module here that needs ``streaming``, which takes seconds to import: it is imported when writing
-starts.
+``streaming``, which takes seconds to import, is imported when writing starts.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from hashlib import sha1
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from ...models.errors import UserError
-from ..schema import COLUMNS, HASHES, unpack_images
-from ..sentences import SIDECAR, SentenceCounts
+from ..sentences import SIDECAR, SentenceCounts, dataset_hash
+from ..shards import write_shards
 from .config import SceneConfig
 from .language import template_sentences
 from .records import sample
@@ -73,13 +69,13 @@ def write(
     remote = urlparse(str(out)).scheme != ""
     with tempfile.TemporaryDirectory() as beside:
         uploader = _refuse_remote(str(out), beside) if remote else _refuse_local(Path(out).expanduser())
-        counts, index = _write_shards(
+        counts, index = write_shards(
             str(out) if remote else str(Path(out).expanduser()),
             _records(config, seed, split, stream, samples, workers),
             size_limit,
             progress,
         )
-        counts.dataset = sha1(index).hexdigest()
+        counts.dataset = dataset_hash(index)
         counts.templates = template_sentences(config)
         if uploader is None:
             counts.save(Path(out).expanduser() / SIDECAR)
@@ -110,31 +106,6 @@ def _refuse_remote(out: str, local: str) -> Any:
     if there:
         raise UserError(f"{out}: not empty ({there[0]} ...); choose another folder, or remove it")
     return uploader
-
-
-def _write_shards(
-    out: str, records: Iterator[dict[str, Any]], size_limit: int, progress: Callable[[int], None] | None
-) -> tuple[SentenceCounts, bytes]:
-    """Counts of the records' sentences, and the bytes of the index that was written."""
-    from streaming import MDSWriter
-
-    counts = SentenceCounts()
-    writer = MDSWriter(out=out, columns=COLUMNS, hashes=list(HASHES), compression=None, size_limit=size_limit)
-    try:
-        for done, record in enumerate(records, 1):
-            writer.write(record)
-            if unpack_images(record["images"]):
-                counts.add(record["conversations"])
-            if progress:
-                progress(done)
-    except BaseException:
-        writer.cancel_future_jobs()  # leaving MDSWriter's own context would write the index of half a dataset
-        if writer.remote:
-            shutil.rmtree(writer.local, ignore_errors=True)
-        raise
-    writer.finish()
-    # The index of a remote dataset is gone from this machine by now; these are its bytes.
-    return counts, json.dumps({"version": 2, "shards": writer.shards}, sort_keys=True).encode()
 
 
 def _batch(

@@ -234,11 +234,11 @@ def _instruction_loss(weights: dict, samples: list[dict]) -> float:
 
 
 def test_t6_instruction_loss_falls_below_the_blind_one_under_l2t_only() -> None:
-    samples = [_told_by_picture(int(i)) for i in np.random.default_rng(0).permutation(640)]
+    samples = [_told_by_picture(int(i)) for i in np.random.default_rng(0).permutation(1600)]
     held_out = [_told_by_picture(i) for i in range(16)]
     rolled = [{**s, "images": held_out[(i + 1) % 16]["images"]} for i, s in enumerate(held_out)]
     everything = {"vision_tower": True, "mm_projector": True, "language_model": True}
-    options = {"samples": samples, "global_batch": 16, "steps": 40, "lr": 1e-2, "trainable": everything}
+    options = {"samples": samples, "global_batch": 16, "steps": 100, "lr": 1e-2, "trainable": everything}
     l2t = jobs.train(algorithms=[("opsin.algorithms.l2t:L2T", {"template_source": "none"})], **options)
     plain = jobs.train(**options)
     seen, blind = _instruction_loss(l2t["weights"], held_out), _instruction_loss(l2t["weights"], rolled)

@@ -13,7 +13,7 @@ SMALL: dict[str, Any] = {
     "run_name": "small",
     "seed": 3,
     "model": {
-        "name": "scenes_llava", "language_model": None, "vision_width": 32, "hidden_size": 32, "layers": 2, "patch_size": 16,
+        "name": "scenes_llava", "language_model": None, "vision_tower": None, "vision_width": 32, "hidden_size": 32, "layers": 2, "patch_size": 16,
     },
     "chat_template": "vicuna_v1",
     "system_prompt": "",
