@@ -112,12 +112,12 @@ def mapped(
     """Build every entry of a ``name: {keywords}`` section (callbacks, loggers)."""
     built = []
     for name, keywords in specs.items():
-        where = partial(_place_in, place, section, name)
+        where = partial(place_in, place, section, name)
         built.append(construct(registry.get(name, where("")), dict(keywords or {}), where))
     return built
 
 
-def _place_in(place: Callable[..., str], section: str, name: str, key: str) -> str:
+def place_in(place: Callable[..., str], section: str, name: str, key: str) -> str:
     """Place of a keyword of a named thing; of the thing itself for the empty key."""
     return place(section, name, *([key] if key else []))
 
@@ -145,7 +145,7 @@ def algorithms_of_stage(
         make = algorithm_registry.get(name, loaded.where("algorithms", name))
         if stage not in stages_of(loaded, name, keywords, make):
             continue
-        where = partial(_place_in, loaded.where, "algorithms", name)
+        where = partial(place_in, loaded.where, "algorithms", name)
         arguments = {k: v for k, v in keywords.items() if k not in RESERVED}
         extra = {k: v for k, v in given.get(name, {}).items() if k not in arguments}
         built[name] = construct(make, arguments, where, **extra)

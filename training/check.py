@@ -1,24 +1,68 @@
-"""``opsin train --check``: everything built and shown, nothing trained."""
+"""What is refused before data is made or a model built; and ``--check``: everything built, nothing trained."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from composer.core import Engine, Event, State
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
-from ..models.errors import UserError
+from ..data.chat import TEMPLATES
+from ..models.anatomy import PARTS
+from ..models.errors import UserError, nearest
 from ..models.parts import count_parameters, parameter_groups
-from .builders import algorithms_of_stage, build_optimizer, build_scheduler, mapped
+from .builders import (
+    algorithms_of_stage,
+    build_optimizer,
+    build_scheduler,
+    check_arguments,
+    mapped,
+    place_in,
+)
 from .config import Loaded
 from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
+from .registry import models as model_registry
 from .run_folder import RunFolder
 from .stage_run import build_collator, build_dataset, build_model, first_samples, parallelism
 from .stages import Stage, resolve
+
+
+def refuse_mistakes(loaded: Loaded) -> None:
+    """Look up every name and keyword of every stage, without data and models: in a second, not after a stage.
+
+    Raises:
+        UserError: one that is wrong, with its place.
+    """
+    run = loaded.run
+    stages = resolve(loaded)
+    RunFolder(run.run_root, run.run_name)
+    parallelism(loaded)
+    if stages[0].start is None and "name" in run.model:
+        make = model_registry.get(str(run.model["name"]), loaded.where("model", "name"))
+        place = lambda key: loaded.where("model", *([key] if key else []))  # noqa: E731
+        check_arguments(make, {k: v for k, v in run.model.items() if k != "name"}, place)
+    for section, registry in (("callbacks", callback_registry), ("loggers", logger_registry)):
+        for name, keywords in getattr(run, section).items():
+            where = partial(place_in, loaded.where, section, name)
+            check_arguments(registry.get(name, where("")), dict(keywords or {}), where)
+    for stage in stages:
+        config = stage.config
+        where = lambda *key, stage=stage: stage.where(loaded, *key)  # noqa: E731
+        if config.chat_template not in TEMPLATES:
+            hint = nearest(config.chat_template, TEMPLATES)
+            raise UserError(f"{where('chat_template')} '{config.chat_template}': unknown{hint}")
+        for part in config.lr_by_part:
+            if part not in PARTS:
+                raise UserError(f"{where('lr_by_part', part)}: unknown part{nearest(part, PARTS)}")
+        build_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], where)
+        build_scheduler(config, where)
+        algorithms_of_stage(loaded, stage.name, config)
 
 
 def check(loaded: Loaded, console: Console) -> None:

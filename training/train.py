@@ -23,11 +23,12 @@ from ..models.errors import UserError
 from ..models.export import load_model
 from ..models.vlm import VisionLanguageModel
 from . import compat
+from .check import refuse_mistakes
 from .config import Loaded
 from .prepare import prepare
 from .run_folder import RunFolder, write_atomically
 from .schema import EvaluationConfig
-from .stage_run import build_collator, build_dataset, copy_model, parallelism, train_stage
+from .stage_run import build_collator, build_dataset, copy_model, train_stage
 from .stages import Stage, resolve
 
 
@@ -49,7 +50,7 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
             "ignore", category=category, module=r"(composer|torch|streaming|transformers)\b.*"
         )
     run = loaded.run
-    parallelism(loaded)  # a wrong key is refused before any process group exists
+    refuse_mistakes(loaded)  # before any process group exists, data is made or a stage trained
     checkpoint = run.load_path
     if checkpoint and "://" not in checkpoint and "{" not in checkpoint and not Path(checkpoint).exists():
         raise UserError(f"{loaded.where('load_path')}: no checkpoint at '{checkpoint}'")
