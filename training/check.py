@@ -29,7 +29,8 @@ from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
 from .registry import models as model_registry
 from .run_folder import RunFolder
-from .stage_run import build_collator, build_dataset, build_model, first_samples, parallelism
+from .stage_data import build_collator, build_dataset, first_samples
+from .stage_run import build_model, parallelism
 from .stages import Stage, resolve
 
 

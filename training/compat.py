@@ -89,7 +89,7 @@ def load_checkpoints_without_code(trust: bool = False) -> None:
     def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
         # What is no tensor in a distributed checkpoint; upstream unpickles anything. It gets our own bytes.
         own = io.BytesIO()
-        torch.save(_plain_load(value), own)
+        torch.save(load_plain(value), own)
         own.seek(0)
         stock_bytes(self, read_item, own)
 
@@ -109,10 +109,15 @@ def _remember(stock: Any) -> None:
 def _load_tensors_only(checkpoint_filepath: Path | str, map_location: str) -> Any:
     from composer.utils.checkpoint import _ensure_valid_checkpoint
 
-    return _plain_load(_ensure_valid_checkpoint(checkpoint_filepath), map_location)
+    return load_plain(_ensure_valid_checkpoint(checkpoint_filepath), map_location)
 
 
-def _plain_load(file: Any, map_location: str | None = None) -> Any:
+def load_plain(file: Any, map_location: str | None = None) -> Any:
+    """``torch.load`` of tensors and plain data alone.
+
+    Raises:
+        UserError: the file holds anything else.
+    """
     try:
         with torch.serialization.safe_globals(_allowed()):
             return torch.load(file, map_location=map_location, weights_only=True)

@@ -151,8 +151,8 @@ def export_run(path: Path, out: Path, console: Console) -> None:
     """Copy a run's model as a Hugging Face folder and compare plain transformers with ours on three samples."""
     from transformers import AutoModelForImageTextToText
 
-    from .stage_run import build_collator, copy_model, first_samples
-    from .train import build_dataset
+    from .stage_data import build_collator, build_dataset, first_samples
+    from .stage_run import copy_model
 
     loaded, stage, folder = open_run(path)
     if out.exists() and any(out.iterdir()):

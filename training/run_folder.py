@@ -6,6 +6,7 @@ summary.json      scores by kind of question (trained, blind, blank, majority), 
 samples.png       held-out pictures with question, gold and predicted answer
 skipped.jsonl     samples that could not be used, with the reason
 checkpoints/<stage>/      Composer checkpoints, for resumption
+stages.json, stack.json   what resumption compares: identities of the stages, versions
 stages/<stage>/model/     the stage's model as a Hugging Face folder
 model/                    the last stage's, for use
 """
@@ -16,6 +17,9 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from ..models.errors import UserError
 from .config import Loaded, to_yaml
@@ -66,9 +70,28 @@ class RunFolder:
                     f"{self.path}: holds a run with other settings or data (stage {changed[0]}); choose another "
                     f"run_name, or remove the folder. To start from its weights: init_from={self.path}"
                 )
+        self._refuse_other_stack(stages)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, to_yaml(loaded.run))
         write_atomically(identity, json.dumps(now, indent=1) + "\n")
+
+    def _refuse_other_stack(self, stages: list[Stage]) -> None:
+        """Composer checkpoints do not cross major versions of transformers, which name modules anew."""
+        marker = self.path / "stack.json"
+        now = {"transformers": transformers.__version__, "torch": str(torch.__version__)}
+        if marker.is_file():
+            before = json.loads(marker.read_text())
+            half = [
+                s.name for s in stages if self.finished(s) is None and any(self.checkpoints(s.name).glob("*"))
+            ]
+            if half and before["transformers"].split(".")[0] != now["transformers"].split(".")[0]:
+                raise UserError(
+                    f"{self.path}: stage {half[0]} was begun with transformers {before['transformers']} and its "
+                    f"checkpoints do not load in {now['transformers']}; finish it there, or start another run from "
+                    f"an export (`opsin export {self.path} FOLDER`, then init_from=FOLDER)"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(marker, json.dumps(now, indent=1) + "\n")
 
     def finished(self, stage: Stage) -> Path | None:
         """Model folder of a stage that is done, else None."""

@@ -64,7 +64,11 @@ class EvalLoaderConfig(LoaderConfig):
 
 @dataclass
 class InitFrom:
-    """Weights to start from, and nothing else of that run."""
+    """Weights to start from, and nothing else of that run.
+
+    ``path``: a stage of this run, a run, ``run@stage``, a Hugging Face folder, or a Composer checkpoint
+    (``….pt``, or the folder of a sharded one). ``heads``: ``keep`` those of methods that are on, ``drop``, ``new``.
+    """
 
     path: str = ""
     heads: str = "keep"

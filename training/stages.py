@@ -12,6 +12,7 @@ from .. import __version__
 from ..models.errors import UserError, nearest
 from .builders import RESERVED, enabled_algorithms, stage_names, stages_of
 from .config import STAGE_KEYS, Loaded, _Checker, to_plain
+from .init_weights import is_checkpoint
 from .registry import algorithms as algorithm_registry
 from .schema import InitFrom, StageConfig
 
@@ -132,7 +133,7 @@ def dataset_content(dataset: dict[str, Any]) -> list[str]:
 
 
 def find_start(start: InitFrom, run_root: Path, run_folder: Path, stages: list[str]) -> Path:
-    """Folder of the model that a stage starts from: a stage of this run, a run, ``run@stage``, or a folder.
+    """What a stage starts from: a stage of this run, a run, ``run@stage``, a folder, or a Composer checkpoint.
 
     Raises:
         UserError: nothing is there; the line names what was tried.
@@ -148,7 +149,9 @@ def find_start(start: InitFrom, run_root: Path, run_folder: Path, stages: list[s
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
+    if is_checkpoint(Path(start.path)):
+        return Path(start.path)
     known = [*stages, *(p.name for p in run_root.glob("*") if p.is_dir())] if run_root.is_dir() else stages
     raise UserError(
-        f"init_from '{start.path}': no stage, run or folder with a model{nearest(start.path, known)}"
+        f"init_from '{start.path}': no stage, run, checkpoint or folder with a model{nearest(start.path, known)}"
     )

@@ -28,7 +28,8 @@ from .config import Loaded
 from .prepare import prepare
 from .run_folder import RunFolder, write_atomically
 from .schema import EvaluationConfig
-from .stage_run import build_collator, build_dataset, copy_model, train_stage
+from .stage_data import build_collator, build_dataset
+from .stage_run import copy_model, train_stage
 from .stages import Stage, resolve
 
 
