@@ -92,8 +92,8 @@ def speed(shape: str, options: Any) -> dict[str, Any]:
             if slow in series and fast in series
         },
     }
-    # Each process takes seconds to start: the trainers' memory only at the shape that has a target.
-    measured = list(VARIANTS) if built.burst == 1 and not options.quick else ["stock_loop", "opsin_loop"]
+    # Each process takes many seconds, and a trainer's step needs what its loop needs.
+    measured = list(VARIANTS) if options.all_peaks else ["stock_loop", "opsin_loop"]
     for name, one in body["variants"].items():
         one["samples_per_s"] = body["rows"] / one["median_s"]
         if name in measured:
@@ -142,6 +142,7 @@ def main() -> None:
     """Measure all shapes that were asked for."""
     parser = report.parser(__doc__, SHAPES)
     parser.add_argument("--profile", action="store_true", help="where the time goes, by group of operators")
+    parser.add_argument("--all-peaks", action="store_true", help="memory of the trainers, too")
     parser.add_argument("--peak", choices=VARIANTS, help="only this variant's peak memory, as JSON")
     options = parser.parse_args()
     if options.peak:
