@@ -93,7 +93,8 @@ class VisionAlgorithm(Algorithm):
         Args:
             state: Composer's state.
             make: builds the head.
-            group: options of the optimizer group (``lr``, ``weight_decay``).
+            group: options of the optimizer group (``lr``, ``weight_decay``); None: those of the run
+                (``lr_by_part.auxiliary``, else the optimizer's own).
 
         Returns:
             the head, reachable as ``model.net.auxiliary[name]``; the same one when called again.
@@ -119,7 +120,7 @@ class VisionAlgorithm(Algorithm):
         head._fsdp_wrap = True  # type: ignore[assignment]
         model.net.auxiliary[self.name] = head
         if state.optimizers:
-            options = {k: v for k, v in group.items() if v is not None}
+            options = {**model.head_options, **{k: v for k, v in group.items() if v is not None}}
             parameters = [p for p in head.parameters() if p.requires_grad]
             state.optimizers[0].add_param_group({"params": parameters, "part": "auxiliary", **options})
         return head

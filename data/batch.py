@@ -106,7 +106,7 @@ def split_batch(
     Returns:
         micro-batches: the batch's keys for their rows, and ``label_rows`` (n,) int64 index into the flattened
         (B * L) hidden states, ``label_targets`` (n,), ``label_weights`` (n,), ``label_roles`` (n,),
-        ``label_turns`` (n,), ``label_answer`` (n,) ordinal of the answer a token belongs to or -1,
+        ``label_turns`` (n,), ``label_branches`` (n,), ``label_answer`` (n,) ordinal of the answer a token belongs to or -1,
         ``answers`` (int), ``patch_position``, ``patch_view``, ``patch_row``, ``patch_column`` (P,),
         ``plain_attention`` (bool), ``tokens`` (int), ``denominators`` (dict of scalars).
     """
@@ -193,6 +193,7 @@ def _index(part: dict[str, Any]) -> dict[str, Any]:
         part["label_weights"] = torch.zeros(1)
         part["label_roles"] = torch.zeros(1, dtype=torch.int8)
         part["label_turns"] = torch.full((1,), -1, dtype=torch.int16)
+        part["label_branches"] = torch.zeros(1, dtype=torch.int16)
         part["label_answer"] = torch.full((1,), -1, dtype=torch.int64)
         part["answers"] = 0
     else:
@@ -201,6 +202,7 @@ def _index(part: dict[str, Any]) -> dict[str, Any]:
         part["label_weights"] = weights[row, column]
         part["label_roles"] = part["roles"][row, column]
         part["label_turns"] = part["turn_ids"][row, column]
+        part["label_branches"] = part["branch_ids"][row, column]
         response = part["label_roles"] == Role.RESPONSE
         documents, turns = int(part["document_uid"].shape[1]), int(part["turn_ids"].max()) + 2
         key = row * documents + part["document_ids"][row, column].long()

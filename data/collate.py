@@ -32,6 +32,7 @@ images_per_row       (B,) int64              images in each row
 pixel_rows           (I,) int64              rows of ``pixel_values`` of each image
 pixel_values, ...    family's own            one entry an image (or patch), in order of appearance
 sample_status        (N,) int8               encode.Status of each sample; blank ones keep their place
+truncated_turns      (N,) int64              exchanges of each sample that did not fit and were left out
 ===================  ======================  ===========================================================
 """
 
@@ -99,6 +100,8 @@ class VLMCollator:
                 self._note(sample, rejected.status, rejected.detail)
         batch = self.layout(documents)
         batch["sample_status"] = torch.from_numpy(status)
+        left_out = [0 if d is None else d.truncated_turns for d in documents]
+        batch["truncated_turns"] = torch.tensor(left_out, dtype=torch.int64)
         return batch
 
     def layout(self, documents: Sequence[Document | None]) -> dict[str, torch.Tensor]:

@@ -13,9 +13,6 @@ for ever. :class:`SafeStream` and :class:`StreamingVLMDataset` close them:
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,12 +22,12 @@ from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.shuffle import algos
-from streaming.base.storage import CloudDownloader
 from torch.utils.data import get_worker_info
 
 from ..models.errors import UserError, nearest
-from .schema import HASHES, stable_hash
-from .sentences import SIDECAR, SentenceCounts
+from .remote import cached, first_line, read_sentence_counts, shard_hash
+from .schema import stable_hash
+from .sentences import SentenceCounts
 
 
 class SafeStream(Stream):
@@ -91,7 +88,7 @@ class StreamingVLMDataset(StreamingDataset):
         try:
             super().__init__(streams=made, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"dataset: {_addresses(named)}: {_first_line(error)}") from error
+            raise UserError(f"dataset: {_addresses(named)}: {first_line(error)}") from error
         self._epoch_now = 0
         self._failure: BaseException | None = None
         self._drop_clients()
@@ -123,7 +120,7 @@ class StreamingVLMDataset(StreamingDataset):
             if not finished and hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()
         if self._failure is not None or self._event.is_set():
-            raise RuntimeError(f"a shard could not be read: {_first_line(self._failure)}") from self._failure
+            raise RuntimeError(f"a shard could not be read: {first_line(self._failure)}") from self._failure
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; if that fails, other workers may try instead of waiting for ever."""
@@ -235,82 +232,11 @@ def _stream(name: str, options: Mapping[str, Any], validate_hash: str | None) ->
                 f"dataset: no MDS dataset at '{remote}' (no {index.name}); make one with `opsin data ...`"
             )
         options["local"] = options.pop("remote")
-    elif "local" not in options:
-        options["local"] = str(
-            cache_folder() / "streams" / f"{stable_hash(remote, options.get('split', '')):016x}"
-        )
-    algorithm = _hash_of(options, validate_hash)
+    else:
+        options["local"] = str(cached(remote, options.get("split", ""), options.get("local")))
+    algorithm = shard_hash(options, validate_hash)
     return SafeStream(validate_hash=algorithm, **options)
-
-
-def _hash_of(options: Mapping[str, Any], validate_hash: str | None) -> str | None:
-    """``auto``: the fastest hash that the dataset was written with; None where there is none.
-
-    Fetches the index if it is not here yet, so that what cannot be reached is refused here.
-    """
-    index = Path(options["local"]) / options.get("split", "") / "index.json"
-    if not index.is_file():
-        index.parent.mkdir(parents=True, exist_ok=True)
-        fetch(str(options["remote"]), "index.json", index, options.get("split", ""))
-    try:
-        shards = json.loads(index.read_text())["shards"]
-        written = shards[0]["raw_data"]["hashes"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"dataset: {index} is no index of MDS shards ({_first_line(error)})") from error
-    if validate_hash not in ("auto", None) and validate_hash not in written:
-        raise UserError(
-            f"dataset: validate_hash '{validate_hash}': {index.parent} was not written with it"
-            f"{nearest(validate_hash, written)}; auto takes the fastest that is there, null checks nothing"
-        )
-    if validate_hash != "auto":
-        return validate_hash
-    return next((h for h in reversed(HASHES) if h in written), next(iter(written), None))
-
-
-def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
-    """Download one file of a dataset, whole or not at all.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    address = "/".join(
-        part.strip("/") if i else part.rstrip("/") for i, part in enumerate((remote, split, name)) if part
-    )
-    partial = to.with_name(to.name + f".{os.getpid()}.part")
-    try:
-        CloudDownloader.direct_download(address, str(partial))
-        partial.replace(to)
-    except Exception as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"dataset: cannot read {address}: {_first_line(error)}") from error
-
-
-def read_sentence_counts(stream: Stream) -> SentenceCounts | None:
-    """The sentence counts beside a stream's index; None if there are none."""
-    folder = Path(stream.local) / stream.split
-    here = folder / SIDECAR
-    if not here.is_file():
-        if stream.remote is None:
-            return None
-        try:
-            with tempfile.TemporaryDirectory() as temporary:
-                copy = Path(temporary) / SIDECAR
-                fetch(stream.remote, SIDECAR, copy, stream.split)
-                return SentenceCounts.load(copy)
-        except UserError:
-            return None
-    return SentenceCounts.load(here)
-
-
-def cache_folder() -> Path:
-    """Where Opsin keeps what can be made again: ``$OPSIN_CACHE``, else ``~/.cache/opsin``."""
-    return Path(os.environ.get("OPSIN_CACHE") or Path.home() / ".cache" / "opsin")
 
 
 def _addresses(named: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(str(options.get("remote") or options.get("local")) for options in named.values())
-
-
-def _first_line(error: BaseException | None) -> str:
-    text = str(error).strip().splitlines() if error is not None else []
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,3 +31,8 @@ def packaged_file(package: str, inner: str, *, install: str) -> Path:
         if path.exists():
             return path
     raise UserError(f"package '{package}' holds no '{inner}': another version? install {install}")
+
+
+def cache_folder() -> Path:
+    """Where Opsin keeps what can be made or fetched again: ``$OPSIN_CACHE``, else ``~/.cache/opsin``."""
+    return Path(os.environ.get("OPSIN_CACHE") or Path.home() / ".cache" / "opsin")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import UserError
-from .packaged import packaged_file
+from .packaged import cache_folder, packaged_file
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -74,11 +73,6 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: ``$OPSIN_CACHE``, else ``~/.cache/opsin``."""
-    return Path(os.environ.get("OPSIN_CACHE") or Path.home() / ".cache" / "opsin")
 
 
 def smollm2_folder(cache: str | Path | None = None) -> Path:

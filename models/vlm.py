@@ -32,6 +32,7 @@ class VisionLanguageModel(ComposerModel):
             does not know this: see ``models.export``.
 
     Attributes:
+        head_options: optimizer options of heads that do not name their own (``lr``, ``weight_decay``).
         saved_heads: method -> tensors of its head in the run that this one starts from; taken over when the
             method attaches its head.
 
@@ -45,6 +46,7 @@ class VisionLanguageModel(ComposerModel):
         self.net = VisionLanguageNet(hf, bidirectional_images=bidirectional_images)
         self.processor = processor
         self.saved_heads: dict[str, dict[str, torch.Tensor]] = {}
+        self.head_options: dict[str, Any] = {}
         self._step: Step | None = None
 
     @property

@@ -152,26 +152,36 @@ def _allowed() -> list[Any]:
     return [core.multiarray._reconstruct, np.ndarray, np.dtype, *dtypes, *plain]
 
 
+_METADATA = frozenset(
+    {
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+                "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "Path"),
+    }
+)  # fmt: skip
+
+
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads a distributed checkpoint's ``.metadata``: torch's own record classes and nothing else."""
+    """Reads a distributed checkpoint's ``.metadata``: torch's own record classes, by exact name, nothing else.
+
+    By exact name, because pickle follows dots: ``filesystem`` + ``os.system`` would be found otherwise.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = module in (
-            "torch.distributed.checkpoint.metadata",
-            "torch.distributed.checkpoint.filesystem",
-        ) or (
-            (module, name)
-            in {
-                ("torch", "Size"),
-                ("torch", "device"),
-                ("torch.serialization", "_get_layout"),
-                ("torch._utils", "_rebuild_tensor_v2"),
-                ("collections", "OrderedDict"),
-                ("pathlib", "PosixPath"),
-                ("pathlib", "Path"),
-            }
-        )
-        if allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in _METADATA or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise UserError(
             f"checkpoint metadata names {module}.{name}, which is no plain data; it was not loaded. Set "

@@ -17,7 +17,8 @@ class SkippedSamples(Callback):
     """Counts samples that could not be used, by reason, over all ranks; stops above a share.
 
     Args:
-        limit: largest share of unusable samples, checked every ``interval`` batches and at the end of an epoch.
+        limit: largest share of unusable samples, checked after 4, 16 and every ``interval`` batches and at the
+            ends of epochs and training.
         log: where the samples are named.
         interval: batches between checks.
     """
@@ -27,27 +28,40 @@ class SkippedSamples(Callback):
         self.log = log
         self.interval = interval
         self.counts = torch.zeros(len(Status), dtype=torch.int64)
+        self.truncated = 0
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Count a device batch."""
         self.counts += torch.bincount(state.batch["sample_status"].long(), minlength=len(Status))
+        self.truncated += int(state.batch["truncated_turns"].sum())
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Check now and then."""
-        if int(state.timestamp.batch) % self.interval == 0:
+        done = int(state.timestamp.batch)
+        if done % self.interval == 0 or done in (4, 16):
             self._check(state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Check."""
         self._check(state, logger)
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Check: a run may end in mid-epoch."""
+        self._check(state, logger)
+
     def _check(self, state: State, logger: Logger) -> None:
-        total = state.device.tensor_to_device(self.counts.clone())
+        total = state.device.tensor_to_device(torch.cat([self.counts, torch.tensor([self.truncated])]))
         dist.all_reduce(total)
-        numbers = total.tolist()
+        *numbers, truncated = total.tolist()
         skipped = sum(numbers) - numbers[Status.USED]
         reasons = {s.name.lower(): numbers[s] for s in Status if s != Status.USED and numbers[s]}
-        logger.log_metrics({"data/skipped": skipped, **{f"data/skipped_{k}": v for k, v in reasons.items()}})
+        logger.log_metrics(
+            {
+                "data/truncated_turns": truncated,
+                "data/skipped": skipped,
+                **{f"data/skipped_{k}": v for k, v in reasons.items()},
+            }
+        )
         if skipped > self.limit * max(sum(numbers), 1):
             why = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
             raise UserError(
@@ -57,11 +71,12 @@ class SkippedSamples(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counts so far."""
-        return {"counts": self.counts.tolist()}
+        return {"counts": self.counts.tolist(), "truncated": self.truncated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting."""
         self.counts = torch.tensor(state["counts"], dtype=torch.int64)
+        self.truncated = int(state.get("truncated", 0))
 
 
 class RestoreRandomState(Callback):

@@ -29,6 +29,7 @@ class Report:
     tokens_per_sample: float
     labelled_share: float
     longest: int
+    truncated_turns: int
 
 
 def check_batches(
@@ -105,6 +106,7 @@ def check_batches(
         tokens / used,
         int(labelled.sum()) / tokens,
         int(lengths.max()),
+        int(batch["truncated_turns"].sum()),
     )
 
 
@@ -143,6 +145,8 @@ def print_report(console: Console, stage: str, model: VisionLanguageModel, repor
     console.print(table)
     if report is not None:
         skipped = ", ".join(f"{n} {r}" for r, n in report.skipped.items()) or "none"
+        if report.truncated_turns:
+            skipped += f"; {report.truncated_turns} exchanges left out, they do not fit max_seq_len"
         console.print(
             f"{report.samples} samples looked at: {report.tokens_per_sample:.0f} tokens and "
             f"{report.images_per_sample:.1f} pictures each, {report.labelled_share:.0%} of tokens labelled, "

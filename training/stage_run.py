@@ -136,6 +136,7 @@ def train_stage(
     optimizer = build_optimizer(
         config, parameter_groups(model, lr, config.lr_by_part, decay), optimizer_where
     )
+    model.head_options = {"lr": config.lr_by_part.get("auxiliary", lr), "weight_decay": decay}
     batch = device_batch_size(stage, loaded)
     restore = RestoreRandomState()
     checkpoints = (

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from .. import __version__
+from ..data.sentences import SIDECAR
 from ..models.errors import UserError, nearest
 from .builders import RESERVED, enabled_algorithms, stage_names, stages_of
 from .config import STAGE_KEYS, Loaded, _Checker, to_plain
@@ -61,12 +64,18 @@ def resolve(loaded: Loaded) -> list[Stage]:
     run = loaded.run
     checker = _Checker(loaded.provenance)
     defaults = {key: loaded.plain[key] for key in STAGE_KEYS if key in loaded.plain}
+    if run.load_path and len(stage_names(run)) > 1:
+        raise UserError(
+            f"{loaded.where('load_path')}: goes with one stage, this run has several; to start from weights use "
+            "init_from, to resume give the same command again"
+        )
     stages: list[Stage] = []
     for name in stage_names(run):
         flat = not run.stages
         path = () if flat else ("stages", name)
         own = {} if flat else dict(loaded.plain["stages"][name] or {})
-        merged = _deep(defaults, own)
+        # The run's init_from starts its first stage; the others start from the one before.
+        merged = _deep({k: v for k, v in defaults.items() if k != "init_from" or not stages}, own)
         config: StageConfig = checker.dataclass(StageConfig, merged, path)
         start = config.init_from
         if start is None and stages:
@@ -78,6 +87,15 @@ def resolve(loaded: Loaded) -> list[Stage]:
         stages.append(Stage(name, config, path, "", start))
         stages[-1].identity = _identity(loaded, stages[-1], stages[:-1])
     return stages
+
+
+def resolved_yaml(loaded: Loaded) -> str:
+    """The configuration as YAML, every default filled in and every stage written out: loading it gives the same run."""
+    plain = to_plain(loaded.run)
+    if loaded.run.stages:
+        plain = {k: v for k, v in plain.items() if k not in STAGE_KEYS}
+        plain["stages"] = {s.name: to_plain(s.config) for s in resolve(loaded)}
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def _deep(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -100,15 +118,17 @@ def _identity(loaded: Loaded, stage: Stage, before: list[Stage]) -> str:
     start: Any = None
     if stage.start is not None:
         earlier = next((s for s in before if s.name == stage.start.path), None)
-        start = [earlier.identity if earlier else stage.start.path, stage.start.heads]
+        start = [earlier.identity if earlier else _content(stage.start.path), stage.start.heads]
     body = {
         "opsin": __version__,
         "seed": loaded.run.seed,
         "precision": loaded.run.precision,
-        "model": loaded.run.model,
+        "model": _content(loaded.run.model),
+        "load_path": _content(loaded.run.load_path),
+        "callbacks": loaded.run.callbacks,
         "stage": settings,
         "algorithms": {
-            name: {k: v for k, v in keywords.items() if k not in RESERVED}
+            name: {k: _content(v) for k, v in keywords.items() if k not in RESERVED}
             for name, keywords in sorted(enabled_algorithms(loaded).items())
             if stage.name in stages_of(loaded, name, keywords, algorithm_registry.get(name, name))
         },
@@ -117,18 +137,37 @@ def _identity(loaded: Loaded, stage: Stage, before: list[Stage]) -> str:
     return hashlib.blake2b(json.dumps(body, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
 
 
+def _content(value: Any) -> Any:
+    """A keyword, and beside the name of a file or model folder what is in it now, so that a change is noticed."""
+    if isinstance(value, dict):
+        return {k: _content(v) for k, v in value.items()}
+    if not isinstance(value, str) or len(value) > 1000 or "\n" in value:
+        return value
+    path = Path(value)
+    if path.is_file():
+        return [value, _digest(path)]
+    if (path / "config.json").is_file():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+        # Weights are large: their size and time of change stand for them.
+        return [value, [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+    return value
+
+
+def _digest(path: Path) -> str:
+    if path.stat().st_size > 1 << 26:
+        return f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+    return hashlib.blake2b(path.read_bytes(), digest_size=10).hexdigest()
+
+
 def dataset_content(dataset: dict[str, Any]) -> list[str]:
-    """Hashes of the indexes of local datasets, so that data made anew is noticed; remote ones by address."""
-    addresses = [dataset.get("remote")] if dataset.get("remote") else []
-    addresses += [s.get("remote") for s in (dataset.get("streams") or {}).values()]
+    """Hashes of the indexes and sentence counts of local datasets, so that data made anew is noticed; remote ones by address."""
+    streams = [dataset] if dataset.get("remote") else []
+    streams += list((dataset.get("streams") or {}).values())
     content = []
-    for address in filter(None, addresses):
-        index = Path(str(address)) / (dataset.get("split") or "") / "index.json"
-        content.append(
-            hashlib.blake2b(index.read_bytes(), digest_size=10).hexdigest()
-            if index.is_file()
-            else str(address)
-        )
+    for stream in streams:
+        folder = Path(str(stream.get("remote"))) / (stream.get("split") or "")
+        found = [_digest(folder / f) for f in ("index.json", SIDECAR) if (folder / f).is_file()]
+        content.append("+".join(found) or str(folder))
     return content
 
 

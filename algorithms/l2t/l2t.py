@@ -102,6 +102,19 @@ class L2T(VisionAlgorithm):
         _one_of("token_weights", token_weights, ("none", "visual_relevance"))
         if lambda_instruction < 0 or lambda_response < 0:
             raise UserError("algorithms.l2t: weights of the loss cannot be negative")
+        _at_least(1, log_interval=log_interval)
+        _at_least(0, template_sample=template_sample, min_count=min_count, top_k=top_k, min_words=min_words)
+        _at_least(0, min_share=min_share, max_removed=max_removed)
+        _sentence_list("allow", allow)
+        if isinstance(templates, str):
+            if Path(templates).is_file():  # one that is not there yet may come before training starts
+                _sentences(templates)
+        elif templates is not None:
+            _sentence_list("templates", templates)
+        if len(relevance_clip) != 2 or not 0 <= relevance_clip[0] <= relevance_clip[1]:
+            raise UserError(
+                f"algorithms.l2t.relevance_clip: expected [smallest, largest] weight, got {list(relevance_clip)}"
+            )
         if template_source == "list" and templates is None:
             raise UserError("algorithms.l2t: template_source 'list' needs templates: a list or a file")
         if token_weights != "none" and normalisation == "weighted":
@@ -126,6 +139,8 @@ class L2T(VisionAlgorithm):
         self.relevance_clip = (float(relevance_clip[0]), float(relevance_clip[1]))
         self.log_interval = int(log_interval)
         self.report = report
+        if on_text_only:
+            self.needs = frozenset()  # type: ignore[misc]
         self.table: list[Template] | None = None
         self.source_used = ""
         self._ids = torch.zeros(0, dtype=torch.int64)
@@ -180,6 +195,10 @@ class L2T(VisionAlgorithm):
             turns=self.turns,
             on_text_only=self.on_text_only,
         )
+        if self.lambda_instruction == 0:
+            learnt = torch.zeros_like(
+                learnt
+            )  # labels and Z of the plain run: what weighs nothing is not counted
         batch["labels"] = l2t_labels(batch["labels"], batch["input_ids"], learnt)
         batch["loss_weights"] = l2t_weights(
             learnt,
@@ -226,7 +245,7 @@ class L2T(VisionAlgorithm):
         batch, nll = state.batch, outputs["nll"].detach()
         real = batch["label_weights"] > 0
         instruction = real & (batch["label_roles"] == Role.INSTRUCTION)
-        later = batch["label_turns"] > 0
+        later = (batch["label_turns"] > 0) & (batch["label_branches"] == 0)
         groups = torch.stack([instruction & ~later, instruction & later, real & ~instruction])
         sums = torch.cat([torch.where(groups, nll, 0.0).double().sum(1), groups.double().sum(1)])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -321,10 +340,22 @@ def _sentences(given: Sequence[str] | str) -> list[str]:
         return list(given)
     try:
         return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"algorithms.l2t.templates: cannot read '{given}': {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"algorithms.l2t.templates: cannot read '{given}': {why}") from error
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(f"algorithms.l2t.{key}: '{value}' is unknown{nearest(str(value), known)}")
+
+
+def _at_least(least: int, **values: float) -> None:
+    for key, value in values.items():
+        if not value >= least:
+            raise UserError(f"algorithms.l2t.{key}: expected {least} or more, got {value}")
+
+
+def _sentence_list(key: str, given: Any) -> None:
+    if isinstance(given, dict | str) or not all(isinstance(s, str) for s in given):
+        raise UserError(f"algorithms.l2t.{key}: expected a list of sentences, got {given!r}"[:300])

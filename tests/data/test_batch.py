@@ -199,7 +199,11 @@ def _padded(batch: Batch, parts: int) -> Batch:
     blank = {"document_ids": -1, "turn_ids": -1, "image_ids": -1, "labels": -100, "loss_weights": 1}
     out = dict(batch)
     for key, value in batch.items():
-        if value.shape[:1] == batch["input_ids"].shape[:1] and key not in ("sample_status", "pixel_values"):
+        if value.shape[:1] == batch["input_ids"].shape[:1] and key not in (
+            "sample_status",
+            "truncated_turns",
+            "pixel_values",
+        ):
             if key in ("image_sizes", "image_grid_thw", "pixel_rows") or key.startswith("view_"):
                 continue
             rows = torch.full((missing, *value.shape[1:]), blank.get(key, 0), dtype=value.dtype)

@@ -48,6 +48,7 @@ CONTRACT: dict[str, tuple[str, torch.dtype]] = {
     "images_per_row": ("B", torch.int64),
     "pixel_rows": ("I", torch.int64),
     "sample_status": ("N", torch.int8),
+    "truncated_turns": ("N", torch.int64),
 }
 PIXELS: dict[str, dict[str, tuple[str, torch.dtype]]] = {
     "llava": {"pixel_values": ("I 3 16 16", torch.float32)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 from streaming import MDSWriter
 from torch.utils.data import DataLoader
 
+from opsin.data.remote import read_sentence_counts
 from opsin.data.schema import COLUMNS, HASHES, stable_hash
 from opsin.data.sentences import SIDECAR, SentenceCounts
-from opsin.data.streaming import StreamingVLMDataset, read_sentence_counts
+from opsin.data.streaming import StreamingVLMDataset
 from opsin.models.errors import UserError
 
 import zoo
@@ -282,3 +284,33 @@ def test_sentence_counts_come_from_beside_the_index_or_from_a_bounded_sample(tmp
     both = StreamingVLMDataset(streams={"a": {"remote": folder}, "b": {"remote": other}}, batch_size=1)
     assert both.sentence_counts() is None
     assert both.sentence_counts(sample=5).turns > expected.turns
+
+
+def test_data_written_anew_under_the_same_address_is_read_anew(s3: Path, tmp_path: Path) -> None:
+    address = "s3://data/rewritten"
+    write(address, SAMPLES[:6])
+    first = StreamingVLMDataset(remote=address, batch_size=1, shuffle=False)
+    assert [first[i]["id"] for i in range(6)] == [s["id"] for s in SAMPLES[:6]]
+    shutil.rmtree(s3 / "data" / "rewritten")
+    write(address, SAMPLES[1:8])
+    second = StreamingVLMDataset(remote=address, batch_size=1, shuffle=False)
+    assert [second[i]["id"] for i in range(second.num_samples)] == [s["id"] for s in SAMPLES[1:8]]
+    mine = tmp_path / "mine"
+    StreamingVLMDataset(remote=address, local=str(mine), batch_size=1, shuffle=False)
+    shutil.rmtree(s3 / "data" / "rewritten")
+    write(address, SAMPLES[:6])
+    with pytest.raises(UserError, match="holds shards of another dataset"):
+        StreamingVLMDataset(remote=address, local=str(mine), batch_size=1, shuffle=False)
+
+
+def test_sentence_counts_of_other_shards_are_refused(tmp_path: Path) -> None:
+    from opsin.data.sentences import SIDECAR, SentenceCounts, dataset_hash
+
+    out = Path(write(tmp_path / "data", SAMPLES))
+    counts = SentenceCounts(dataset=dataset_hash((out / "index.json").read_bytes()))
+    counts.save(out / SIDECAR)
+    dataset = StreamingVLMDataset(remote=str(out), batch_size=1, shuffle=False)
+    assert dataset.sentence_counts() is not None
+    SentenceCounts(dataset="0" * 40).save(out / SIDECAR)
+    with pytest.raises(UserError, match="was made for other shards; make it anew with `opsin data templates"):
+        dataset.sentence_counts()

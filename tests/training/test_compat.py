@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -146,6 +147,20 @@ def test_a_distributed_checkpoints_metadata_that_would_run_code_is_refused(tmp_p
     compat.apply(trust_checkpoints=True)
     dcp.FileSystemReader(tmp_path / "good").read_metadata()
     assert made.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "FileSystemReader", "Metadata.__init__", "_StorageInfo.__class__"]
+)
+def test_metadata_cannot_reach_other_names_through_an_allowed_module(name: str) -> None:
+    compat.apply()
+    from torch.distributed.checkpoint import filesystem
+
+    parts = [b"torch.distributed.checkpoint.filesystem", name.encode()]
+    # PROTO 4, two SHORT_BINUNICODE, STACK_GLOBAL, EMPTY_TUPLE, REDUCE, STOP
+    payload = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(p)]) + p for p in parts) + b"\x93)R."
+    with pytest.raises(UserError, match="which is no plain data"):
+        filesystem.pickle.load(io.BytesIO(payload))
 
 
 def test_objects_inside_a_distributed_checkpoint_cannot_run_code_either(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from opsin.models.errors import UserError
-from opsin.training.config import load, to_yaml
-from opsin.training.stages import resolve
+from opsin.training.config import load
+from opsin.training.stages import resolve, resolved_yaml
 
 
 def _write(folder: Path, text: str, name: str = "a.yaml") -> str:
@@ -100,9 +100,60 @@ def test_a_message_points_at_file_and_line(tmp_path: Path) -> None:
         load(["quickstrt.yaml"])
 
 
-def test_a_resolved_configuration_loads_as_itself(tmp_path: Path) -> None:
-    run = load([_write(tmp_path, BASE)], ["algorithms.l2t=false"]).run
-    assert load([_write(tmp_path, to_yaml(run), "again.yaml")]).run == run
+STAGED = (
+    "max_seq_len: 512\nchat_template: chatml\nscheduler: {name: linear_with_warmup, t_warmup: 1ba}\ninit_from: elsewhere\n"
+    "stages:\n  align: {chat_template: plain, optimizer: {name: decoupled_adamw}}\n  instruct: {max_duration: 3ba, scheduler: {name: constant}}\n"
+)
+
+
+@pytest.mark.parametrize("more", ["", STAGED])
+def test_a_resolved_configuration_is_the_same_run(tmp_path: Path, more: str) -> None:
+    first = load([_write(tmp_path, BASE + more)], ["algorithms.l2t=false"])
+    again = load([_write(tmp_path, resolved_yaml(first), "again.yaml")])
+    assert resolve(again) == resolve(first)
+    if not more:
+        assert again.run == first.run
+
+
+def test_from_at_the_top_starts_the_first_stage_only(tmp_path: Path) -> None:
+    (only,) = resolve(load([_write(tmp_path, BASE)], ["from=runs/t"]))
+    assert only.start is not None and only.start.path == "runs/t"
+    align, instruct = resolve(load([_write(tmp_path, BASE + STAGED)]))
+    assert align.start is not None and align.start.path == "elsewhere"
+    assert instruct.start is not None and instruct.start.path == "align"
+    with pytest.raises(UserError, match="load_path: goes with one stage"):
+        resolve(load([_write(tmp_path, BASE + STAGED)], ["load_path=x.pt"]))
+    with pytest.raises(UserError, match="from and init_from mean the same"):
+        load([_write(tmp_path, BASE)], ["from=a", "init_from=b"])
+
+
+def test_a_stages_identity_follows_the_files_it_names(tmp_path: Path) -> None:
+    templates, start = tmp_path / "templates.txt", tmp_path / "start"
+    templates.write_text("Answer briefly.\n")
+    start.mkdir()
+    (start / "config.json").write_text("{}")
+    (start / "model.safetensors").write_bytes(b"1234")
+    shards = tmp_path / "data" / "train"
+    shards.mkdir(parents=True)
+    (shards / "index.json").write_text("{}")
+    path = _write(tmp_path, BASE)
+    arguments = [
+        f"algorithms.l2t.templates={templates}",
+        f"init_from={start}",
+        f"train_loader.dataset={{streams: {{a: {{remote: {shards.parent}, split: train}}}}}}",
+    ]
+    identity = lambda *more: resolve(load([path], [*arguments, *more]))[0].identity  # noqa: E731
+    seen = {identity()}
+    for change in (
+        lambda: templates.write_text("Answer in a word.\n"),
+        lambda: (start / "model.safetensors").write_bytes(b"12345"),
+        lambda: (shards / "index.json").write_text("{ }"),
+        lambda: (shards / "sentences.json").write_text("{}"),
+    ):
+        change()
+        assert identity() not in seen
+        seen.add(identity())
+    assert identity("callbacks={early_stopper: {monitor: nll}}") not in seen
 
 
 def test_every_shipped_yaml_is_valid() -> None:

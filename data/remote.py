@@ -1,0 +1,118 @@
+"""Datasets that lie elsewhere: their index, their sentence counts, and where their shards are kept here."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streaming import Stream
+from streaming.base.storage import CloudDownloader
+
+from ..models.errors import UserError, nearest
+from ..models.packaged import cache_folder
+from .schema import HASHES, stable_hash
+from .sentences import SIDECAR, SentenceCounts, dataset_hash
+
+
+def cached(remote: str, split: str, local: str | None) -> Path:
+    """Folder for a remote dataset's shards, with its index of now in it.
+
+    By default it is named by address *and* index, so that data written anew under an old address is not mixed
+    with its shards of before, whoever else reads those at the moment.
+
+    Raises:
+        UserError: the index cannot be had, or ``local`` holds the shards of another dataset.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = Path(temporary) / "index.json"
+        fetch(remote, "index.json", fresh, split)
+        content = fresh.read_bytes()
+    folder = (
+        Path(local) if local else cache_folder() / "streams" / f"{stable_hash(remote, split, content):016x}"
+    )
+    index = folder / split / "index.json"
+    if not index.is_file():
+        index.parent.mkdir(parents=True, exist_ok=True)
+        partial = index.with_name(f"index.json.{os.getpid()}.part")
+        partial.write_bytes(content)
+        partial.replace(index)
+    elif index.read_bytes() != content:
+        raise UserError(
+            f"dataset: local '{folder}' holds shards of another dataset than '{remote}' has now; remove it, or give "
+            "another folder"
+        )
+    return folder
+
+
+def shard_hash(options: Mapping[str, Any], validate_hash: str | None) -> str | None:
+    """``auto``: the fastest hash that the dataset was written with; None where there is none."""
+    index = Path(options["local"]) / options.get("split", "") / "index.json"
+    try:
+        shards = json.loads(index.read_text())["shards"]
+        written = shards[0]["raw_data"]["hashes"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"dataset: {index} is no index of MDS shards ({first_line(error)})") from error
+    if validate_hash not in ("auto", None) and validate_hash not in written:
+        raise UserError(
+            f"dataset: validate_hash '{validate_hash}': {index.parent} was not written with it"
+            f"{nearest(validate_hash, written)}; auto takes the fastest that is there, null checks nothing"
+        )
+    if validate_hash != "auto":
+        return validate_hash
+    return next((h for h in reversed(HASHES) if h in written), next(iter(written), None))
+
+
+def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
+    """Download one file of a dataset, whole or not at all.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    address = "/".join(
+        part.strip("/") if i else part.rstrip("/") for i, part in enumerate((remote, split, name)) if part
+    )
+    partial = to.with_name(to.name + f".{os.getpid()}.part")
+    try:
+        CloudDownloader.direct_download(address, str(partial))
+        partial.replace(to)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"dataset: cannot read {address}: {first_line(error)}") from error
+
+
+def read_sentence_counts(stream: Stream) -> SentenceCounts | None:
+    """The sentence counts beside a stream's index; None if there are none.
+
+    Raises:
+        UserError: they are those of another dataset.
+    """
+    folder = Path(stream.local) / stream.split
+    here = folder / SIDECAR
+    if here.is_file():
+        counts = SentenceCounts.load(here)
+    elif stream.remote is None:
+        return None
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(temporary) / SIDECAR
+            try:
+                fetch(stream.remote, SIDECAR, copy, stream.split)
+            except UserError:
+                return None
+            counts = SentenceCounts.load(copy)
+    if counts.dataset and counts.dataset != dataset_hash((folder / "index.json").read_bytes()):
+        address = stream.remote or str(folder)
+        raise UserError(
+            f"dataset: {SIDECAR} of {address} was made for other shards; make it anew with `opsin data templates {address}`"
+        )
+    return counts
+
+
+def first_line(error: BaseException | None) -> str:
+    """Kind and first line of an error."""
+    text = str(error).strip().splitlines() if error is not None else []
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
