@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -46,13 +47,7 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
     provenance = Provenance()
     merged: dict[str, Any] = {}
     for name in files:
-        path = find_yaml(name)
-        text = path.read_text(encoding="utf-8")
-        provenance.add_file(name, text)
-        layer = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
-        if not isinstance(layer, dict):
-            raise UserError(f"{name}: a configuration is a mapping of keys, not {type(layer).__name__}")
-        _merge(merged, layer, ())
+        _merge(merged, _read(name, provenance), ())
     for argument in arguments:
         key, separator, _ = argument.partition("=")
         if not separator or not key:
@@ -61,20 +56,71 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
             layer = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
         except Exception as error:
             raise UserError(f"command line: '{argument}': {_line(error)}") from error
-        provenance.add_argument(tuple(key.split(".")), argument)
+        provenance.add_argument(tuple(key.split(".")), argument, layer)
         assert isinstance(layer, dict)
         _merge(merged, layer, ())
+    _refuse_missing(merged, (), provenance)
     try:
         plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {_line(error)}") from error
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:  # an interpolation, or its resolver
+        key = str(getattr(error, "full_key", None) or "")
+        place = f"{provenance.where(tuple(key.split('.')))}: {key}" if key else "configuration"
+        raise UserError(f"{place}: {_line(error)}") from error
     assert isinstance(plain, dict)
-    keys: dict[str, Any] = {str(k): v for k, v in plain.items()}
+    keys: dict[str, Any] = _with_init_from({str(k): v for k, v in plain.items()})
     return Loaded(_Checker(provenance).dataclass(RunConfig, keys, ()), keys, provenance)
 
 
+def _with_init_from(keys: dict[str, Any]) -> dict[str, Any]:
+    """``from:`` is another word for ``init_from`` (and no name that a field can have), in a run and its stages."""
+    sections = [keys, *(s for s in _mapping(keys.get("stages")).values() if isinstance(s, dict))]
+    for section in sections:
+        if "from" in section:
+            if "init_from" in section:
+                raise UserError("configuration: from and init_from mean the same; give one of them")
+            section["init_from"] = section.pop("from")
+    return keys
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _read(name: str, provenance: Provenance) -> dict[str, Any]:
+    """One file as plain data, interpolations as they stand; its keys noted in ``provenance``."""
+    path = find_yaml(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        provenance.add_file(name, text)
+        layer = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
+    except UserError:
+        raise
+    except yaml.MarkedYAMLError as error:  # valid YAML that is no configuration: a key twice, a list as a key
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise UserError(f"{name}{line}: {error.problem or _line(error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{name}: nested without end (an anchor that holds itself?)") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from error
+    except Exception as error:  # whatever the parsers make of it, the file is what has to be mended
+        raise UserError(f"{name}: {_line(error)}") from error
+    if not isinstance(layer, dict):
+        raise UserError(f"{name}: a configuration is a mapping of keys, not {type(layer).__name__}")
+    return {str(key): value for key, value in layer.items()}
+
+
+def _refuse_missing(value: Any, path: Path_, provenance: Provenance) -> None:
+    """Refuse ``???``, OmegaConf's mark of a value that is still to be given."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_missing(item, (*path, str(key)), provenance)
+    elif value == "???":
+        key = ".".join(path)
+        raise UserError(f"{provenance.where(path)}: {key}: needs a value; give {key}=VALUE")
+
+
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _merge(into: dict[str, Any], layer: Mapping[Any, Any], path: Path_) -> None:
@@ -117,8 +163,6 @@ class _Checker:
         if not isinstance(value, Mapping):
             self.fail(path, f"expected a mapping of keys, got {_shown(value)}")
         hints = get_type_hints(kind)
-        if "from" in value and "init_from" in hints:  # a keyword of Python cannot be a field
-            value = {("init_from" if key == "from" else key): item for key, item in value.items()}
         for key in value:
             if key not in hints:
                 self.fail((*path, str(key)), f"unknown key{nearest(str(key), hints)}")
@@ -173,11 +217,6 @@ def _shown(value: Any) -> str:
 def to_plain(config: Any) -> dict[str, Any]:
     """A configuration as plain data, every default filled in."""
     return dataclasses.asdict(config)
-
-
-def to_yaml(config: Any) -> str:
-    """A configuration as YAML text, every default filled in."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
 
 
 STAGE_KEYS = tuple(f.name for f in dataclasses.fields(StageConfig))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ..models.errors import UserError
+from ..models.errors import UserError, nearest
 
 Path_ = tuple[str, ...]
 
@@ -33,17 +34,37 @@ class Provenance:
         if root is not None:
             self._walk(root, (), name)
 
-    def add_argument(self, path: Path_, argument: str) -> None:
-        """Note a ``key=value`` argument."""
-        self._places[path] = f"command line ({argument})"
+    def add_argument(self, path: Path_, argument: str, layer: Any = None) -> None:
+        """Note a ``key=value`` argument, and the keys inside its value (``layer``: the whole as nested data)."""
+        place = f"command line ({argument})"
+        self._places[path] = place
+        for key in path:
+            layer = layer.get(key) if isinstance(layer, dict) else None
+        self._note(layer, path, place)
 
     def where(self, path: Path_) -> str:
         """Place of a key, or of the nearest enclosing one."""
-        while path:
-            if path in self._places:
-                return self._places[path]
-            path = path[:-1]
-        return "configuration"
+        return self._places.get(path[: self.depth(path)], "configuration")
+
+    def depth(self, path: Path_) -> int:
+        """How much of a key path was written anywhere: the length of the nearest enclosing key."""
+        return next((n for n in range(len(path), 0, -1) if path[:n] in self._places), 0)
+
+    def where_in_stage(self, section: Path_, key: Path_) -> str:
+        """``place: key.path`` of a stage's key: in its own section, or among the run's defaults for all stages.
+
+        Where both were written the deeper one is meant: ``optimizer.lr=0`` of the command line also reaches a
+        stage that has an ``optimizer:`` with other keys.
+        """
+        own = (*section, *key)
+        path = own if self.depth(own) - len(section) >= max(self.depth(key), 1) else key
+        return f"{self.where(path)}: {'.'.join(path)}"
+
+    def _note(self, value: Any, path: Path_, place: str) -> None:
+        if isinstance(value, dict | list):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                self._places[(*path, str(key))] = place
+                self._note(item, (*path, str(key)), place)
 
     def _walk(self, node: yaml.Node, path: Path_, name: str) -> None:
         if isinstance(node, yaml.MappingNode):
@@ -72,7 +93,7 @@ def find_yaml(name: str) -> Path:
     for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
         if candidate.is_file():
             return candidate
-    from ..models.errors import nearest
-
+    if given.is_dir():
+        raise UserError(f"{name}: a folder; give a YAML file")
     known = [str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml")]
     raise UserError(f"{name}: no such file{nearest(inside, known)}")
