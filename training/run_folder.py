@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 import transformers
 
 from ..models.errors import UserError
-from .config import Loaded, to_yaml
-from .stages import Stage
+from .config import Loaded
+from .stages import Stage, resolved_yaml
 
 
 class RunFolder:
@@ -35,8 +36,7 @@ class RunFolder:
     """
 
     def __init__(self, root: str | Path, name: str):
-        if not name or "/" in name or name in (".", ".."):
-            raise UserError(f"run_name '{name}': use a plain name, it becomes a folder")
+        refuse_name(name, "run_name")
         self.root = Path(root)
         self.path = self.root / name
         self.config = self.path / "config.yaml"
@@ -48,32 +48,51 @@ class RunFolder:
 
     def stage(self, name: str) -> Path:
         """Folder of a stage."""
+        refuse_name(name, "stages")
         return self.path / "stages" / name
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""
+        refuse_name(stage, "stages")
         return self.path / "checkpoints" / stage
 
     def open(self, loaded: Loaded, stages: list[Stage]) -> None:
         """Make the folder, or go on in it.
 
         Raises:
-            UserError: it holds another run: other stages under the same name.
+            UserError: it holds another run: stages begun with other settings under the same name; or it cannot
+                be written.
         """
         identity = self.path / "stages.json"
         now = {s.name: s.identity for s in stages}
-        if identity.is_file():
-            before = json.loads(identity.read_text())
-            if before != now:
-                changed = [n for n in now if before.get(n) != now[n]] or [n for n in before if n not in now]
+        try:
+            before = json.loads(identity.read_text()) if identity.is_file() else {}
+            changed = [n for n in (*now, *before) if before.get(n) != now.get(n)]
+            begun = [n for n in changed if self._begun(n, loaded.run.save_folder)]
+            if begun:
                 raise UserError(
-                    f"{self.path}: holds a run with other settings or data (stage {changed[0]}); choose another "
+                    f"{self.path}: holds a run with other settings or data (stage {begun[0]}); choose another "
                     f"run_name, or remove the folder. To start from its weights: init_from={self.path}"
                 )
-        self._refuse_other_stack(stages)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, to_yaml(loaded.run))
-        write_atomically(identity, json.dumps(now, indent=1) + "\n")
+            self._refuse_other_stack(stages)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, resolved_yaml(loaded))
+            write_atomically(identity, json.dumps(now, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: stages.json or stack.json cannot be read ({error}); choose another run_name"
+            ) from error
+
+    def _begun(self, stage: str, save_folder: str | None) -> bool:
+        """Whether anything of a stage would be lost: a start that failed before its first checkpoint left nothing."""
+        if (self.stage(stage) / "done.json").is_file():
+            return True
+        if save_folder and "://" in save_folder:
+            return self.metrics.is_file()  # checkpoints are out of sight; steps were written down here
+        folders = [self.checkpoints(stage), *([Path(save_folder) / stage] if save_folder else [])]
+        return any(any(folder.glob("*")) for folder in folders)
 
     def _refuse_other_stack(self, stages: list[Stage]) -> None:
         """Composer checkpoints do not cross major versions of transformers, which name modules anew."""
@@ -122,6 +141,33 @@ class RunFolder:
         body = {"identity": stage.identity, "model": relative, **facts}
         self.stage(stage.name).mkdir(parents=True, exist_ok=True)
         write_atomically(self.stage(stage.name) / "done.json", json.dumps(body, indent=1) + "\n")
+
+
+def refuse_name(name: str, place: str) -> None:
+    """Names of runs and stages become folders, and parts of Composer's format strings.
+
+    Raises:
+        UserError: one that would be another folder, or none.
+    """
+    odd = not name.isprintable() or any(c in name for c in "/\\{}")
+    if odd or name.strip() in ("", ".", "..") or len(name.encode()) > 200:
+        raise UserError(f"{place} '{name[:80]}': use a plain name, it becomes a folder".replace("\n", " "))
+
+
+def refuse_unwritable(path: Path, place: str) -> None:
+    """Try to write where a folder is going to be; nothing stays there.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    if not there.is_dir():
+        raise UserError(f"{place}: '{there}' is a file, a folder is needed")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".opsin-", dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{place}: cannot write in '{there}': {error.strerror or error}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
