@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 from ..models.errors import UserError, nearest
 from .config import Loaded
@@ -38,10 +41,10 @@ def construct(
         return make(**arguments, **given)
     except UserError:
         raise
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(
-            f"{where('')}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+    except (TypeError, ValueError, ImportError, ArithmeticError, LookupError, AssertionError) as error:
+        said = f"{type(error).__name__}: {(str(error).strip() or 'refuses these values').splitlines()[0]}"
+        typed = [place for place in map(where, arguments) if place.startswith("command line")]
+        raise UserError(f"{where('')}: {said}{f' [{typed[0]}]' if typed else ''}") from error
 
 
 def check_arguments(
@@ -78,6 +81,17 @@ def _fits(hint: Any, value: Any) -> bool:
     origin = get_origin(hint)
     if origin is Union or origin is types.UnionType:
         return any(_fits(o, value) for o in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is dict or origin is Mapping:
+        return isinstance(value, Mapping)
+    if origin is tuple and get_args(hint) and get_args(hint)[-1] is not Ellipsis:
+        items = get_args(hint)
+        return _is_list(value) and len(value) == len(items) and all(map(_fits, items, value))
+    if origin in (list, tuple, set, Sequence, Iterable, Collection):
+        return _is_list(value) and all(_fits(item, v) for item in get_args(hint)[:1] for v in value)
+    if hint is torch.Tensor:  # stands beside float in torch's optimizers; no YAML value is one
+        return False
     if hint is type(None):
         return value is None
     if hint is bool:
@@ -91,8 +105,13 @@ def _fits(hint: Any, value: Any) -> bool:
     return True
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _described(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).replace("typing.", "")
+    plain = isinstance(hint, type) and not get_args(hint)
+    return re.sub(r"\b(typing|collections\.abc)\.", "", hint.__name__ if plain else str(hint))
 
 
 def named(
@@ -127,7 +146,12 @@ def enabled_algorithms(loaded: Loaded) -> dict[str, dict[str, Any]]:
     chosen = {}
     for name, keywords in loaded.run.algorithms.items():
         algorithm_registry.get(name, loaded.where("algorithms", name))
-        if keywords.get("enabled", True):
+        on = keywords.get("enabled", True)
+        if not isinstance(on, bool):
+            raise UserError(
+                f"{loaded.where('algorithms', name, 'enabled')}: expected true or false, got {on!r}"
+            )
+        if on:
             chosen[name] = {k: v for k, v in keywords.items() if k != "enabled"}
     return chosen
 
@@ -148,7 +172,14 @@ def algorithms_of_stage(
         where = partial(place_in, loaded.where, "algorithms", name)
         arguments = {k: v for k, v in keywords.items() if k not in RESERVED}
         extra = {k: v for k, v in given.get(name, {}).items() if k not in arguments}
-        built[name] = construct(make, arguments, where, **extra)
+        try:
+            built[name] = construct(make, arguments, where, **extra)
+        except UserError as error:
+            own = re.match(rf"algorithms\.{re.escape(name)}(\.\w+)*", str(error))
+            if own is None:
+                raise
+            # A method's own refusal names its key; a bare Trainer knows no more, a YAML has a line.
+            raise UserError(f"{loaded.provenance.where(tuple(own[0].split('.')))}: {error}") from error
         check_compatible(loaded, name, built[name], config)
     return built
 
@@ -171,7 +202,11 @@ def stages_of(loaded: Loaded, name: str, keywords: Mapping[str, Any], make: Any)
     if wanted is None:
         paper = getattr(make, "stages", None)
         return [s for s in names if paper is None or s in paper or s not in ("align", "instruct")]
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(wanted, list) or not all(isinstance(stage, str) for stage in wanted):
+        raise UserError(
+            f"{loaded.where('algorithms', name, 'stages')}: expected a stage or a list of them, got {wanted!r}"
+        )
     for stage in wanted:
         if stage not in names:
             raise UserError(

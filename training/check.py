@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,17 +26,23 @@ from .builders import (
     place_in,
 )
 from .config import Loaded
+from .prepare import refuse_specs
+from .ranges import place_in_stage, refuse_other_machine, refuse_out_of_range
 from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
 from .registry import models as model_registry
-from .run_folder import RunFolder
+from .run_folder import RunFolder, refuse_name, refuse_unwritable
 from .stage_data import build_collator, build_dataset, first_samples
 from .stage_run import build_model, parallelism
 from .stages import Stage, resolve
 
 
-def refuse_mistakes(loaded: Loaded) -> None:
-    """Look up every name and keyword of every stage, without data and models: in a second, not after a stage.
+def refuse_mistakes(loaded: Loaded, here: bool = True) -> None:
+    """Look up every name, keyword and value of every stage, without data and models: in a second, not after a stage.
+
+    Args:
+        loaded: the configuration.
+        here: it is to be trained on this machine, now: look at its device and folders, too.
 
     Raises:
         UserError: one that is wrong, with its place.
@@ -43,27 +50,46 @@ def refuse_mistakes(loaded: Loaded) -> None:
     run = loaded.run
     stages = resolve(loaded)
     RunFolder(run.run_root, run.run_name)
+    for stage in stages:
+        refuse_name(stage.name, loaded.where(*(stage.path or ("stage",))))
+    refuse_out_of_range(loaded, stages)
     parallelism(loaded)
-    if stages[0].start is None and "name" in run.model:
-        make = model_registry.get(str(run.model["name"]), loaded.where("model", "name"))
-        place = lambda key: loaded.where("model", *([key] if key else []))  # noqa: E731
-        check_arguments(make, {k: v for k, v in run.model.items() if k != "name"}, place)
+    if stages[0].start is None or run.model.get("name") is not None:
+        _refuse_model(loaded)
     for section, registry in (("callbacks", callback_registry), ("loggers", logger_registry)):
         for name, keywords in getattr(run, section).items():
             where = partial(place_in, loaded.where, section, name)
             check_arguments(registry.get(name, where("")), dict(keywords or {}), where)
     for stage in stages:
-        config = stage.config
-        where = lambda *key, stage=stage: stage.where(loaded, *key)  # noqa: E731
-        if config.chat_template not in TEMPLATES:
-            hint = nearest(config.chat_template, TEMPLATES)
-            raise UserError(f"{where('chat_template')} '{config.chat_template}': unknown{hint}")
-        for part in config.lr_by_part:
-            if part not in PARTS:
-                raise UserError(f"{where('lr_by_part', part)}: unknown part{nearest(part, PARTS)}")
-        build_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], where)
-        build_scheduler(config, where)
-        algorithms_of_stage(loaded, stage.name, config)
+        _refuse_stage(loaded, stage)
+    refuse_specs(loaded)
+    if here:
+        refuse_other_machine(loaded)
+        for key in ("run_root", "save_folder"):
+            path = getattr(run, key)
+            if path and "://" not in path:
+                refuse_unwritable(Path(path.partition("{")[0]), loaded.where(key))
+
+
+def _refuse_model(loaded: Loaded) -> None:
+    place = lambda key: loaded.where("model", *([key] if key else []))  # noqa: E731
+    if loaded.run.model.get("name") is None:
+        raise UserError(f"{place('name')}: needs a name: one of {', '.join(model_registry.names())}")
+    make = model_registry.get(str(loaded.run.model["name"]), place("name"))
+    check_arguments(make, {k: v for k, v in loaded.run.model.items() if k != "name"}, place)
+
+
+def _refuse_stage(loaded: Loaded, stage: Stage) -> None:
+    config, where = stage.config, place_in_stage(loaded, stage)
+    if config.chat_template not in TEMPLATES:
+        hint = nearest(config.chat_template, TEMPLATES)
+        raise UserError(f"{where('chat_template')} '{config.chat_template}': unknown{hint}")
+    for part in config.lr_by_part:
+        if part not in PARTS:
+            raise UserError(f"{where('lr_by_part', part)}: unknown part{nearest(part, PARTS)}")
+    build_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], where)
+    build_scheduler(config, where)
+    algorithms_of_stage(loaded, stage.name, config)
 
 
 def check(loaded: Loaded, console: Console) -> None:
@@ -75,12 +101,10 @@ def check(loaded: Loaded, console: Console) -> None:
         UserError: whatever would stop the run for a reason that can be mended.
     """
     run = loaded.run
+    refuse_mistakes(loaded, here=False)  # a configuration for a GPU can be looked at without one
     stages = resolve(loaded)
     folder = RunFolder(run.run_root, run.run_name)
-    parallelism(loaded)
     mapped(callback_registry, run.callbacks, loaded.where, "callbacks")
-    for name in run.loggers:
-        logger_registry.get(name, loaded.where("loggers", name))
     for stage in stages:
         _check_stage(loaded, stage, folder, [s.name for s in stages], console)
 
