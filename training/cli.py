@@ -37,6 +37,11 @@ def main() -> None:
         wrapped = user_error_in(error)  # a refusal in a worker, callback or checkpoint
         if wrapped is not None:
             _report(wrapped)
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        if isinstance(error, OSError) and not _debug:
+            _report(UserError(f"{type(error).__name__}: {_line(error)}"))
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
@@ -48,6 +53,17 @@ def _report(error: UserError) -> None:
         raise error
     print(f"opsin: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _line(error: OSError) -> str:
+    """``No space left on device: FILE``; libraries put paragraphs into theirs."""
+    text = f"{error.strerror}: {error.filename}" if error.filename is not None else str(error)
+    return (text.strip() or "no reason given").splitlines()[0]
+
+
+def _is_file(argument: str) -> bool:
+    """Whether an argument of ``train`` is a YAML: anything without ``=``, and a file whose path has one."""
+    return "=" not in argument or Path(argument).is_file()
 
 
 @app.callback()
@@ -72,18 +88,19 @@ def train(
     """Train the stages of a YAML: opsin train a.yaml b.yaml key=value ..."""
     global _debug
     _debug = _debug or debug
-    from .config import load, to_yaml
+    from .config import load
+    from .stages import resolved_yaml
 
-    files = [c for c in config if "=" not in c]
-    loaded = load(files, [c for c in config if "=" in c])
+    files = [c for c in config if _is_file(c)]
+    loaded = load(files, [c for c in config if not _is_file(c)])
     console = Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0)
     if print_config:
-        print(to_yaml(loaded.run), end="")
+        print(resolved_yaml(loaded), end="")
         return
     if check:
         from .check import check as run_check
 
-        print(to_yaml(loaded.run), end="")
+        print(resolved_yaml(loaded), end="")
         run_check(loaded, console)
         return
     from .train import train as run_train
@@ -253,7 +270,9 @@ def data_language_model(
 ) -> None:
     """Train the language model of scenes_llava on text alone (how the shipped weights were made)."""
     from .pretrain import train_language_model
+    from .run_folder import refuse_unwritable
 
+    refuse_unwritable(out.parent, f"--out {out}")  # before minutes of training
     train_language_model(out, steps=steps, seed=seed, console=Console(stderr=True))
 
 
@@ -265,7 +284,9 @@ def data_vision_tower(
 ) -> None:
     """Train the vision tower of scenes_llava as a captioner's (how the shipped weights were made)."""
     from .pretrain import train_vision_tower
+    from .run_folder import refuse_unwritable
 
+    refuse_unwritable(out.parent, f"--out {out}")
     train_vision_tower(out, steps=steps, seed=seed, console=Console(stderr=True))
 
 
