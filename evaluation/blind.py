@@ -9,19 +9,28 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.schema import IMAGE_MARK, pack_images, unpack_images
+from ..data.chat import BadConversation
+from ..data.schema import pack_images, unpack_images
+from .questions import questions
 
 
 def with_other_pictures(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each sample with the pictures of the next one that has as many (the last gets the first's)."""
-    by_count: dict[int, list[int]] = {}
-    for i, sample in enumerate(samples):
-        by_count.setdefault(len(unpack_images(sample["images"])), []).append(i)
-    changed = [dict(s) for s in samples]
-    for indices in by_count.values():
-        for here, there in zip(indices, [*indices[1:], indices[0]], strict=True):
-            changed[here]["images"] = samples[there]["images"]
-    return changed
+    """Each sample with other pictures, as many as it has: the next ones that differ (the last get the first).
+
+    Several samples about one picture all get the same other one, never their own. A sample without any other
+    pictures to be had (no picture at all, the same one everywhere, a number of its own) is left out: with its
+    own pictures it would not be blind.
+    """
+    by_count: dict[int, dict[bytes, None]] = {}  # distinct pictures, in order of appearance
+    for sample in samples:
+        packed = sample["images"]
+        by_count.setdefault(len(unpack_images(packed)), {})[packed] = None
+    following: dict[bytes, bytes] = {}
+    for distinct in by_count.values():
+        if len(distinct) > 1:
+            pictures = list(distinct)
+            following.update(zip(pictures, [*pictures[1:], pictures[0]], strict=True))
+    return [{**s, "images": following[s["images"]]} for s in samples if s["images"] in following]
 
 
 def with_blank_pictures(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -43,14 +52,18 @@ class Majority:
     """Answers a question without a picture: by what its exact words got most often in training, else its kind.
 
     Args:
-        samples: training samples (stored form).
+        samples: training samples (stored form); those that are no conversation teach nothing.
     """
 
     def __init__(self, samples: Iterable[dict[str, Any]]):
         by_question: dict[str, Counter[str]] = {}
         by_kind: dict[str, Counter[str]] = {}
         for sample in samples:
-            for question, answer, kind in questions(sample):
+            try:
+                asked = questions(sample)
+            except BadConversation:
+                continue
+            for question, answer, kind in asked:
                 by_question.setdefault(question, Counter())[answer] += 1
                 by_kind.setdefault(kind, Counter())[answer] += 1
         self.by_question = {q: _most(c) for q, c in by_question.items()}
@@ -67,13 +80,3 @@ class Majority:
 
 def _most(counts: Counter[str]) -> str:
     return min(counts, key=lambda a: (-counts[a], a))
-
-
-def questions(sample: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(question without image marks, answer, kind) of each exchange."""
-    turns = [t for t in sample["conversations"] if t["from"] != "system"]
-    kinds = (sample.get("meta") or {}).get("kinds") or ["all"] * (len(turns) // 2)
-    return [
-        (human["value"].replace(IMAGE_MARK, "").strip(), gpt["value"].strip(), str(kind))
-        for human, gpt, kind in zip(turns[::2], turns[1::2], kinds, strict=True)
-    ]

@@ -7,21 +7,20 @@ exactly when greedy decoding gives the answer (``models.metrics.ExactMatch``), w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..data.batch import split_batch
+from ..data.chat import BadConversation
 from ..data.collate import VLMCollator
 from ..data.encode import Rejected
 from ..models.metrics import answers_right
 from ..models.step import Step
 from ..models.vlm import VisionLanguageModel
-
-Change = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
-"""Changes samples before they are scored (another sample's picture, a blank one)."""
+from .questions import kinds_of
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,16 @@ def score(
     try:
         for start in range(0, len(samples), batch_size):
             chunk = list(samples[start : start + batch_size])
-            documents, kept = [], []
+            documents, asked = [], []
             for sample in chunk:
                 try:
-                    documents.append(collator.encoder(sample))
-                    kept.append(sample)
-                except Rejected:
+                    document = collator.encoder(sample)
+                    fitting = len(sample["conversations"]) // 2 - document.truncated_turns
+                    kinds = kinds_of(sample, fitting)
+                except (Rejected, BadConversation):
                     continue
+                documents.append(document)
+                asked.append((sample["id"], kinds))
             if not documents:
                 continue
             batch = plain.layout(documents)
@@ -71,11 +73,9 @@ def score(
             with torch.no_grad():
                 outputs = model.net(micro, Step(micro))
             right = iter(answers_right(outputs, micro).tolist())
-            for sample, document in zip(kept, documents, strict=True):
-                asked = len(sample["conversations"]) // 2 - document.truncated_turns
-                kinds = (sample.get("meta") or {}).get("kinds") or ["all"] * asked
-                for turn in range(asked):
-                    scored.append(Scored(sample["id"], turn, str(kinds[turn]), bool(next(right))))
+            for name, kinds in asked:
+                for turn, kind in enumerate(kinds):
+                    scored.append(Scored(name, turn, kind, bool(next(right))))
     finally:
         model.train(mode)
     return scored

@@ -12,63 +12,65 @@ from ..data.collate import VLMCollator
 from ..models.vlm import VisionLanguageModel
 from .blind import Majority, with_blank_pictures, with_other_pictures
 from .packed import Scored, score
+from .questions import UNNAMED, questions
+from .ranks import on_all_ranks
+from .usable import Usable, usable
 
 
 def scorecard(
     model: VisionLanguageModel,
     collator: VLMCollator,
-    samples: Sequence[dict[str, Any]],
+    samples: Sequence[dict[str, Any]] | Usable,
     *,
     majority: Majority | None = None,
     batch_size: int = 16,
 ) -> dict[str, dict[str, float | int | None]]:
-    """Exact-match accuracy by kind of question, 0 .. 1.
+    """Exact-match accuracy by kind of question, 0 .. 1. Every rank calls this with the same samples.
 
     Args:
         model: the trained model.
         collator: of its training.
-        samples: held-out samples (stored form).
+        samples: held-out samples (stored form), or what ``usable`` made of them.
         majority: fitted on the training samples.
         batch_size: pictures a forward pass.
 
     Returns:
-        kind -> ``n`` questions, ``trained``, ``blind`` (the picture of another sample), ``blind_blank`` (a grey
-        picture), ``majority`` (no picture, no model), ``standard_error`` of ``trained``; and ``all``.
+        kind -> ``n`` questions, ``trained``, ``blind`` (the picture of another sample), ``n_blind`` (questions
+        of the blind row: fewer where no other picture is to be had, or none with it fits), ``blind_blank`` (a
+        grey picture), ``majority`` (no picture, no model), ``standard_error`` of ``trained``; and ``all``. An
+        accuracy over no question is None.
     """
+    used = (samples if isinstance(samples, Usable) else usable(collator.encoder, samples)).samples
+
+    def scored(part: list[dict[str, Any]]) -> list[Scored]:
+        return score(model, collator, part, batch_size=batch_size)
+
     rows = {
-        "trained": score(model, collator, samples, batch_size=batch_size),
-        "blind": score(model, collator, with_other_pictures(samples), batch_size=batch_size),
-        "blind_blank": score(model, collator, with_blank_pictures(samples), batch_size=batch_size),
+        "trained": on_all_ranks(used, scored, batch_size),
+        "blind": on_all_ranks(with_other_pictures(used), scored, batch_size),
+        "blind_blank": on_all_ranks(used, lambda part: scored(with_blank_pictures(part)), batch_size),
     }
     if majority is not None:
-        used = {s.id for s in rows["trained"]}
         rows["majority"] = [
-            Scored(sample["id"], turn, kind, right)
-            for sample in samples
-            if sample["id"] in used
-            for turn, (right, kind) in enumerate(zip(majority.right(sample), _kinds(sample), strict=True))
+            Scored(sample["id"], turn, kind, majority.answer(question, kind) == answer)
+            for sample in used
+            for turn, (question, answer, kind) in enumerate(questions(sample))
         ]
-    kinds = sorted({s.kind for s in rows["trained"]})
+    kinds = sorted({s.kind for s in rows["trained"]} - {UNNAMED})
     card: dict[str, dict[str, float | int | None]] = {}
-    for kind in [*kinds, "all"]:
-        picked = {name: [s.right for s in scored if kind in (s.kind, "all")] for name, scored in rows.items()}
+    for kind in [*kinds, UNNAMED]:
+        picked = {name: [s.right for s in row if kind in (s.kind, UNNAMED)] for name, row in rows.items()}
         n = len(picked["trained"])
         accuracy = {name: (sum(v) / len(v) if v else None) for name, v in picked.items()}
         trained = accuracy["trained"] or 0.0
         card[kind] = {
             "n": n,
             **accuracy,
+            "n_blind": len(picked["blind"]),
             "majority": accuracy.get("majority"),
             "standard_error": math.sqrt(trained * (1 - trained) / n) if n else None,
         }
     return card
-
-
-def _kinds(sample: dict[str, Any]) -> list[str]:
-    return [
-        str(k)
-        for k in (sample.get("meta") or {}).get("kinds") or ["all"] * (len(sample["conversations"]) // 2)
-    ]
 
 
 def as_table(card: dict[str, dict[str, Any]], title: str) -> Table:
@@ -86,6 +88,8 @@ def as_table(card: dict[str, dict[str, Any]], title: str) -> Table:
         table.add_column(header, justify="right")
     for kind, row in card.items():
         cells = [str(row["n"]), *(_percent(row.get(c)) for c in list(columns)[1:])]
+        if row.get("n_blind", row["n"]) != row["n"]:
+            cells[2] += f" (n {row['n_blind']})"
         if row.get("standard_error") is not None:
             cells[1] += f" ±{row['standard_error']:.2f}"
         table.add_row(kind, *cells, end_section=kind == list(card)[-2] if len(card) > 1 else False)

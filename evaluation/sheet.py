@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.schema import unpack_images
-from .blind import questions
+from .questions import questions
 
 CELL, TEXT, MARGIN = 224, 86, 12
 """Pixels: side of a picture, height of the text below it, space around."""

@@ -44,7 +44,8 @@ def test_a_run_leaves_what_later_tools_read(tmp_path: Path, scenes: str) -> None
     assert {"loss/train/total", "loss/train/lm", "l2t/loss_I", "l2t/loss_A", "time/token"} <= set(lines[0])
     summary = json.loads(folder.summary.read_text())
     row = summary["by_kind"]["colour"]
-    assert set(row) == {"n", "trained", "blind", "blind_blank", "majority", "standard_error"} and row["n"] > 0
+    assert set(row) == {"n", "trained", "blind", "n_blind", "blind_blank", "majority", "standard_error"}
+    assert row["n"] > 0
     assert (
         summary["seed"] == 3 and summary["versions"]["torch"] == torch.__version__ and summary["seconds"] > 0
     )
