@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.utils import dist
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from ..data.chat import TEMPLATES
+from ..data.chat import TEMPLATES, BadConversation
 from ..data.collate import VLMCollator
+from ..data.encode import Rejected
 from ..data.loader import build_encoder
 from ..data.schema import IMAGE_MARK, pack_images
 from ..evaluation.adapter import VLMAdapter
@@ -55,9 +58,13 @@ def evaluate_run(path: Path, remote: str | None, limit: int | None, console: Con
 
     Scores of the run's own data, all of it, go into its ``summary.json``; others into ``eval/`` beside it.
     """
-    from .train import evaluate
+    from .scoring import evaluate
 
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: use 1 or more samples")
     loaded, stage, folder = open_run(path)
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(loaded.run.device, timeout=loaded.run.dist_timeout)
     config = loaded.run.evaluation
     if remote is not None:
         reference = None if config is None else config.majority_from
@@ -69,7 +76,7 @@ def evaluate_run(path: Path, remote: str | None, limit: int | None, console: Con
     if remote is not None or limit is not None:
         folder = _Elsewhere(folder)  # other data, or less of it, does not replace the run's own scores
         config = replace(config, limit=limit if limit is not None else config.limit, pictures=0)
-    evaluate(loaded, stage, folder, config, console, started=time.time())
+    evaluate(loaded, stage, folder, config, console)
 
 
 class _Elsewhere(RunFolder):
@@ -78,6 +85,7 @@ class _Elsewhere(RunFolder):
     def __init__(self, folder: RunFolder):
         self.__dict__.update(folder.__dict__)
         self.summary = folder.path / "eval" / time.strftime("%Y%m%d-%H%M%S.json")
+        self.skipped = self.summary.with_suffix(".skipped.jsonl")
         self.summary.parent.mkdir(exist_ok=True)
 
 
@@ -98,7 +106,12 @@ def ask(
         template: chat template; None: that of the run, else ``vicuna_v1``.
         max_new_tokens: longest answer.
         options: further arguments of transformers' ``generate``.
+
+    Raises:
+        UserError: a picture cannot be read, or the prompt does not fit the pictures or the model.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: use 1 or more")
     model, collator = open_model(source, template)
     encoded = []
     for path in pictures:
@@ -120,7 +133,11 @@ def ask(
         "images": pack_images(encoded),
         "meta": {},
     }
-    return VLMAdapter(model, collator, max_new_tokens=max_new_tokens).answers([sample], **options)[0][0]
+    adapter = VLMAdapter(model, collator, max_new_tokens=max_new_tokens)
+    try:
+        return adapter.answers([sample], **options)[0][0]
+    except (Rejected, BadConversation) as error:
+        raise UserError(f"prompt: {getattr(error, 'detail', error)}") from error
 
 
 def open_model(source: str, template: str | None) -> tuple[VisionLanguageModel, VLMCollator]:
@@ -155,9 +172,15 @@ def export_run(path: Path, out: Path, console: Console) -> None:
     from .stage_run import copy_model
 
     loaded, stage, folder = open_run(path)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: not empty; choose a new folder")
-    copy_model(folder.model, out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a new folder")
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out}: not empty; choose a new folder")
+        copy_model(folder.model, out)
+    except OSError as error:
+        shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+        raise UserError(f"{out}: cannot be written ({error.strerror or type(error).__name__})") from error
     ours = load_model(out)
     plain = AutoModelForImageTextToText.from_pretrained(out)
     collator = build_collator(ours, stage, stage.config.train_loader)

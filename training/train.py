@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.utils import dist, reproducibility
 from rich.console import Console
 
-from .. import __version__
-from ..data.collate import VLMCollator
-from ..evaluation.adapter import VLMAdapter
-from ..evaluation.blind import Majority
-from ..evaluation.scorecard import as_table, scorecard
-from ..evaluation.sheet import sample_sheet
 from ..models.errors import UserError
-from ..models.export import load_model
-from ..models.vlm import VisionLanguageModel
-from . import compat
+from . import compat, wall_time
 from .check import refuse_mistakes
 from .config import Loaded
 from .prepare import prepare
-from .run_folder import RunFolder, write_atomically
-from .schema import EvaluationConfig
-from .stage_data import build_collator, build_dataset
+from .run_folder import RunFolder
+from .scoring import check_evaluation, evaluate, write_summary
 from .stage_run import copy_model, train_stage
 from .stages import Stage, resolve
 
@@ -61,9 +49,11 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
     started = time.time()
     reproducibility.seed_all(run.seed)
     prepare(loaded, console)
+    check_evaluation(loaded)  # it is read when training ends, which is late to learn that it is not there
     stages = resolve(loaded)
     folder = RunFolder(run.run_root, run.run_name)
     _on_rank_zero(lambda: folder.open(loaded, stages))
+    _on_rank_zero(lambda: wall_time.begin(folder, started))
     names = [s.name for s in stages]
     done: dict[str, Any] = {}
     for stage in stages:
@@ -77,15 +67,16 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
             console.print(f"stage {stage.name}: finished before")
         if model is None:
             result = train_stage(loaded, stage, folder, names, console)
+            dist.barrier()  # the stage's datasets are gone on all ranks before the next ones are made
             done[stage.name] = {"steps": result.steps, "seconds": round(result.seconds, 1)}
     last = stages[-1]
     model_folder = folder.finished(last)
     assert model_folder is not None
     _on_rank_zero(lambda: copy_model(model_folder, folder.model))
-    if run.evaluation is not None and dist.get_global_rank() == 0:
-        evaluate(loaded, last, folder, run.evaluation, console, stages=done, started=started)
+    if run.evaluation is not None:
+        evaluate(loaded, last, folder, run.evaluation, console, stages=done)
     elif dist.get_global_rank() == 0:
-        _write_summary(folder, loaded, {}, done, started)
+        write_summary(folder, loaded, {}, done)
     dist.barrier()
     return folder
 
@@ -110,68 +101,3 @@ def _on_rank_zero(work: Any) -> None:
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise error[0]
-
-
-def evaluate(
-    loaded: Loaded,
-    stage: Stage,
-    folder: RunFolder,
-    config: EvaluationConfig,
-    console: Console,
-    *,
-    stages: dict[str, Any] | None = None,
-    started: float | None = None,
-) -> dict[str, Any]:
-    """Score the run's last model, draw the sheet, write the summary (on one rank)."""
-    model = load_model(folder.model)
-    collator = build_collator(model, stage, stage.config.train_loader)
-    samples = stored_samples(config, config.limit)
-    majority = None
-    if config.majority_from is not None:
-        reference = build_dataset(config.majority_from, 1, loaded.run.seed)
-        majority = Majority(reference[i] for i in range(reference.num_samples))
-    card = scorecard(model, collator, samples, majority=majority, batch_size=config.batch_size)
-    console.print(as_table(card, f"{loaded.run.run_name}: exact match on {len(samples)} held-out samples"))
-    if config.pictures:
-        draw_samples(model, collator, samples[: config.pictures], folder.samples)
-    return _write_summary(folder, loaded, card, stages or {}, started)
-
-
-def stored_samples(config: EvaluationConfig, limit: int | None) -> list[dict[str, Any]]:
-    """Held-out samples, in the order of storage."""
-    dataset = build_dataset(config.dataset, 1, 0)
-    count = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
-    return [dataset[i] for i in range(count)]
-
-
-def draw_samples(
-    model: VisionLanguageModel, collator: VLMCollator, samples: list[dict[str, Any]], path: Path
-) -> None:
-    """Sheet of pictures with what the model says."""
-    answers = VLMAdapter(model, collator, max_new_tokens=16).answers(samples)
-    sample_sheet(samples, answers, path)
-
-
-def _write_summary(
-    folder: RunFolder, loaded: Loaded, card: dict[str, Any], stages: dict[str, Any], started: float | None
-) -> dict[str, Any]:
-    import transformers
-
-    before = json.loads(folder.summary.read_text()) if folder.summary.is_file() else {}
-    summary = {
-        "run_name": loaded.run.run_name,
-        "by_kind": {kind: row for kind, row in card.items() if kind != "all"},
-        "all": card.get("all"),
-        "scorer": "exact_match/1",
-        "seed": loaded.run.seed,
-        "stages": {**before.get("stages", {}), **stages},
-        "seconds": None if started is None else round(time.time() - started, 1),
-        "versions": {
-            "opsin": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    write_atomically(folder.summary, json.dumps(summary, indent=1) + "\n")
-    return summary
