@@ -89,16 +89,18 @@ def train(
     global _debug
     _debug = _debug or debug
     from .config import load
-    from .stages import resolved_yaml
 
     files = [c for c in config if _is_file(c)]
     loaded = load(files, [c for c in config if not _is_file(c)])
     console = Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0)
     if print_config:
+        from .stages import resolved_yaml  # here: it imports what a typo should not have to wait for
+
         print(resolved_yaml(loaded), end="")
         return
     if check:
         from .check import check as run_check
+        from .stages import resolved_yaml
 
         print(resolved_yaml(loaded), end="")
         run_check(loaded, console)

@@ -39,7 +39,8 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
     """Merge YAML files left to right, then ``key=value`` arguments, and check every key.
 
     ``algorithms.X=true|false`` (and ``X: true|false`` in a later file) toggles a method and keeps the keywords
-    written before; ``X: {}`` means defaults.
+    written before; ``X: {}`` means defaults. An argument that is a key of stages goes to every stage
+    (``max_duration=3ba``), except for where a run starts from.
 
     Raises:
         UserError: unknown key, wrong type, missing file, broken YAML or interpolation.
@@ -59,6 +60,9 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
         provenance.add_argument(tuple(key.split(".")), argument, layer)
         assert isinstance(layer, dict)
         _merge(merged, layer, ())
+        for stage in _into_stages(merged, layer):
+            path = ("stages", stage, *key.split("."))
+            provenance.add_argument(path, argument, {"stages": {stage: layer}})
     _refuse_missing(merged, (), provenance)
     try:
         plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
@@ -69,6 +73,20 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
     assert isinstance(plain, dict)
     keys: dict[str, Any] = _with_init_from({str(k): v for k, v in plain.items()})
     return Loaded(_Checker(provenance).dataclass(RunConfig, keys, ()), keys, provenance)
+
+
+def _into_stages(merged: dict[str, Any], layer: Mapping[Any, Any]) -> list[str]:
+    """Give a stage's key from the command line to all stages: what one of them sets itself must not win silently."""
+    shared = {k: v for k, v in layer.items() if k in STAGE_KEYS and k != "init_from"}
+    stages = _mapping(merged.get("stages"))
+    if not shared:
+        return []
+    for name in stages:
+        if stages[name] is None:
+            stages[name] = {}
+        if isinstance(stages[name], dict):
+            _merge(stages[name], shared, ())
+    return list(stages)
 
 
 def _with_init_from(keys: dict[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,18 @@ def test_a_resolved_configuration_is_the_same_run(tmp_path: Path, more: str) -> 
         assert again.run == first.run
 
 
+def test_a_stages_key_on_the_command_line_goes_to_every_stage(tmp_path: Path) -> None:
+    path = _write(tmp_path, BASE + STAGED)
+    stages = resolve(load([path], ["max_duration=7ba", "train_loader.dataset.remote=elsewhere"]))
+    assert [s.config.max_duration for s in stages] == ["7ba", "7ba"]
+    assert [s.config.train_loader.dataset.remote for s in stages] == ["elsewhere"] * 2
+    assert [s.config.scheduler["name"] for s in stages] == ["linear_with_warmup", "constant"]
+    own = resolve(load([path], ["max_duration=7ba", "stages.align.max_duration=5ba"]))
+    assert [s.config.max_duration for s in own] == ["5ba", "7ba"]
+    with pytest.raises(UserError, match=r"command line \(max_seq_len=x\)"):
+        load([path], ["max_seq_len=x"])
+
+
 def test_from_at_the_top_starts_the_first_stage_only(tmp_path: Path) -> None:
     (only,) = resolve(load([_write(tmp_path, BASE)], ["from=runs/t"]))
     assert only.start is not None and only.start.path == "runs/t"
