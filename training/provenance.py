@@ -58,6 +58,8 @@ class Provenance:
         """
         own = (*section, *key)
         path = own if self.depth(own) - len(section) >= max(self.depth(key), 1) else key
+        if self.where(own) == self.where(key) and self.where(key).startswith("command line"):
+            path = key  # as it was typed: an argument goes to all stages
         return f"{self.where(path)}: {'.'.join(path)}"
 
     def _note(self, value: Any, path: Path_, place: str) -> None:
