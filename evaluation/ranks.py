@@ -12,7 +12,10 @@ Result = TypeVar("Result")
 
 
 def on_all_ranks(
-    items: Sequence[Item], work: Callable[[list[Item]], list[Result]], chunk: int = 1
+    items: Sequence[Item],
+    work: Callable[[list[Item]], list[Result]],
+    chunk: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Results of ``work`` for all items, in order, on every rank. Every rank calls this with the same items.
 
@@ -21,9 +24,14 @@ def on_all_ranks(
         work: called with up to ``chunk`` neighbouring items. What lies in one call does not depend on the
             number of ranks, so that neither do results (padding of a batch, say).
         chunk: items a call.
+        progress: called after each call with (calls done, calls) of this rank.
     """
     chunks = [list(items[i : i + chunk]) for i in range(0, len(items), chunk)]
     world = dist.get_world_size()
-    mine = [work(c) for c in chunks[dist.get_global_rank() :: world]]
+    dealt, mine = chunks[dist.get_global_rank() :: world], []
+    for one in dealt:
+        mine.append(work(one))
+        if progress is not None:
+            progress(len(mine), len(dealt))
     shares = dist.all_gather_object(mine)
     return [result for i in range(len(chunks)) for result in shares[i % world][i // world]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -24,6 +25,7 @@ def scorecard(
     *,
     majority: Majority | None = None,
     batch_size: int = 16,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     """Exact-match accuracy by kind of question, 0 .. 1. Every rank calls this with the same samples.
 
@@ -33,6 +35,7 @@ def scorecard(
         samples: held-out samples (stored form), or what ``usable`` made of them.
         majority: fitted on the training samples.
         batch_size: pictures a forward pass.
+        progress: called after each forward pass with (row, passes done, passes) of this rank.
 
     Returns:
         kind -> ``n`` questions, ``trained``, ``blind`` (the picture of another sample), ``n_blind`` (questions
@@ -45,10 +48,15 @@ def scorecard(
     def scored(part: list[dict[str, Any]]) -> list[Scored]:
         return score(model, collator, part, batch_size=batch_size)
 
+    def told(row: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else partial(progress, row)
+
     rows = {
-        "trained": on_all_ranks(used, scored, batch_size),
-        "blind": on_all_ranks(with_other_pictures(used), scored, batch_size),
-        "blind_blank": on_all_ranks(used, lambda part: scored(with_blank_pictures(part)), batch_size),
+        "trained": on_all_ranks(used, scored, batch_size, told("trained")),
+        "blind": on_all_ranks(with_other_pictures(used), scored, batch_size, told("blind")),
+        "blind_blank": on_all_ranks(
+            used, lambda part: scored(with_blank_pictures(part)), batch_size, told("blind_blank")
+        ),
     }
     if majority is not None:
         rows["majority"] = [

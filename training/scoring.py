@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import platform
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -59,12 +60,16 @@ def evaluate(
         the summary; on other ranks, an empty dictionary.
     """
     model = load_model(folder.model)
+    if torch.cuda.is_available() and loaded.run.device != "cpu":
+        model.to(torch.device("cuda", dist.get_local_rank()))
     collator = build_collator(model, stage, stage.config.train_loader)
     found = usable(collator.encoder, stored_samples(config))
     majority = None
     if config.majority_from is not None:
         majority = with_dataset(config.majority_from, loaded.run.seed, _majority)
-    card = scorecard(model, collator, found, majority=majority, batch_size=config.batch_size)
+    card = scorecard(
+        model, collator, found, majority=majority, batch_size=config.batch_size, progress=_Told(console)
+    )
     if dist.get_global_rank() != 0:
         return {}
     console.print(as_table(card, f"{loaded.run.run_name}: {_what(found)}"))
@@ -73,6 +78,18 @@ def evaluate(
     if config.pictures and found.samples:
         draw_samples(model, collator, found.samples[: config.pictures], folder)
     return summary
+
+
+class _Told:
+    """Says now and then how far scoring is: with a large model it takes as long as training did."""
+
+    def __init__(self, console: Console, seconds: float = 30.0):
+        self.console, self.seconds, self.last = console, seconds, time.monotonic()
+
+    def __call__(self, row: str, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            self.console.print(f"scoring ({row}): {done} of {total} batches")
 
 
 def stored_samples(config: EvaluationConfig) -> list[dict[str, Any]]:

@@ -74,7 +74,8 @@ def build_train_spec(
     try:
         dataset = build_dataset(loader.dataset, batch, loaded.run.seed)
     except UserError as error:
-        raise UserError(f"{stage.where(loaded, 'train_loader', 'dataset')}: {error}") from error
+        key = ("train_loader", "dataset", *(["remote"] if loader.dataset.remote else []))
+        raise UserError(f"{stage.where(loaded, *key)}: {str(error).removeprefix('dataset: ')}") from error
     collator = build_collator(model, stage, loader, skipped_log=folder.skipped)
     data = build_loader(
         collator,
