@@ -32,6 +32,7 @@ from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
 from .registry import models as model_registry
 from .run_folder import RunFolder, refuse_name, refuse_unwritable
+from .scoring import check_evaluation
 from .stage_data import build_collator, build_dataset, first_samples
 from .stage_run import build_model, parallelism
 from .stages import Stage, resolve
@@ -107,6 +108,7 @@ def check(loaded: Loaded, console: Console) -> None:
     mapped(callback_registry, run.callbacks, loaded.where, "callbacks")
     for stage in stages:
         _check_stage(loaded, stage, folder, [s.name for s in stages], console)
+    check_evaluation(loaded, strict=False)
 
 
 def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console) -> None:

@@ -6,6 +6,7 @@ summary.json      scores by kind of question (trained, blind, blank, majority), 
 samples.png       held-out pictures with question, gold and predicted answer
 skipped.jsonl     samples that could not be used, with the reason
 checkpoints/<stage>/      Composer checkpoints, for resumption
+processes.json    when each process of this run began and ended
 stages.json, stack.json   what resumption compares: identities of the stages, versions
 stages/<stage>/model/     the stage's model as a Hugging Face folder
 model/                    the last stage's, for use

@@ -52,11 +52,7 @@ class Stage:
 
     def where(self, loaded: Loaded, *key: str) -> str:
         """Place of one of its keys, in its own section or among the run's defaults."""
-        own = (*self.path, *key)
-        place = loaded.provenance.where(own)
-        if self.path and (place == loaded.provenance.where(self.path) or place == "configuration"):
-            return loaded.where(*key)
-        return f"{place}: {'.'.join(own)}"
+        return loaded.provenance.where_in_stage(self.path, key)
 
 
 def resolve(loaded: Loaded) -> list[Stage]:

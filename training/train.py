@@ -98,6 +98,8 @@ def _on_rank_zero(work: Any) -> None:
             work()
         except UserError as refused:
             error = [refused]
+        except OSError as failed:  # a full disk: the other ranks must not wait
+            error = [UserError(f"{failed.filename or 'run folder'}: {failed.strerror or failed}")]
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise error[0]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +14,7 @@ from composer.utils import dist
 
 from ...data.batch import effective_weights
 from ...data.schema import Role
-from ...data.sentences import SentenceCounts, sentence_key
-from ...models.errors import UserError, nearest
+from ...models.errors import UserError
 from ...models.normalise import declare, global_sum
 from ...models.step import Step
 from ...models.teachers import Teacher
@@ -27,20 +24,16 @@ from .functional import (
     NORMALISATIONS,
     TURNS,
     Template,
-    counted,
-    frequent_sentences,
     instruction_mask,
     l2t_labels,
     l2t_weights,
     normaliser,
-    removed_share,
     template_ids,
     visual_relevance,
 )
+from .templates import TemplateChoice, at_least, one_of
 
 log = logging.getLogger(__name__)
-
-SOURCES = ("auto", "list", "dataset", "frequency", "none")
 
 
 class L2T(VisionAlgorithm):
@@ -96,27 +89,16 @@ class L2T(VisionAlgorithm):
         log_interval: int = 1,
         report: str | None = None,
     ):
-        _one_of("normalisation", normalisation, NORMALISATIONS)
-        _one_of("turns", turns, TURNS)
-        _one_of("template_source", template_source, SOURCES)
-        _one_of("token_weights", token_weights, ("none", "visual_relevance"))
+        one_of("normalisation", normalisation, NORMALISATIONS)
+        one_of("turns", turns, TURNS)
+        one_of("token_weights", token_weights, ("none", "visual_relevance"))
         if lambda_instruction < 0 or lambda_response < 0:
             raise UserError("algorithms.l2t: weights of the loss cannot be negative")
-        _at_least(1, log_interval=log_interval)
-        _at_least(0, template_sample=template_sample, min_count=min_count, top_k=top_k, min_words=min_words)
-        _at_least(0, min_share=min_share, max_removed=max_removed)
-        _sentence_list("allow", allow)
-        if isinstance(templates, str):
-            if Path(templates).is_file():  # one that is not there yet may come before training starts
-                _sentences(templates)
-        elif templates is not None:
-            _sentence_list("templates", templates)
+        at_least(1, log_interval=log_interval)
         if len(relevance_clip) != 2 or not 0 <= relevance_clip[0] <= relevance_clip[1]:
             raise UserError(
                 f"algorithms.l2t.relevance_clip: expected [smallest, largest] weight, got {list(relevance_clip)}"
             )
-        if template_source == "list" and templates is None:
-            raise UserError("algorithms.l2t: template_source 'list' needs templates: a list or a file")
         if token_weights != "none" and normalisation == "weighted":
             raise UserError("algorithms.l2t: normalisation 'weighted' has no Z for token_weights; use pooled")
         self.lambda_instruction = float(lambda_instruction)
@@ -124,21 +106,21 @@ class L2T(VisionAlgorithm):
         self.normalisation = normalisation
         self.turns = turns
         self.on_text_only = on_text_only
-        self.template_source = template_source
-        self.templates = templates
-        self.template_sample = int(template_sample)
-        self.frequency = {
-            "min_count": min_count,
-            "min_share": min_share,
-            "top_k": top_k,
-            "min_words": min_words,
-            "allow": tuple(sentence_key(a) for a in allow),
-        }
-        self.max_removed = max_removed
+        self.choice = TemplateChoice(
+            source=template_source,
+            templates=templates,
+            sample=template_sample,
+            min_count=min_count,
+            min_share=min_share,
+            top_k=top_k,
+            min_words=min_words,
+            allow=tuple(allow) if isinstance(allow, list | tuple) else allow,
+            max_removed=max_removed,
+            report=report,
+        )
         self.token_weights = token_weights
         self.relevance_clip = (float(relevance_clip[0]), float(relevance_clip[1]))
         self.log_interval = int(log_interval)
-        self.report = report
         if on_text_only:
             self.needs = frozenset()  # type: ignore[misc]
         self.table: list[Template] | None = None
@@ -166,7 +148,7 @@ class L2T(VisionAlgorithm):
             chosen: list[Any] = [None]
             if dist.get_global_rank() == 0:
                 try:
-                    chosen = [self._choose(getattr(state.dataloader, "dataset", None))]
+                    chosen = [self.choice.choose(getattr(state.dataloader, "dataset", None))]
                 except UserError as error:  # every rank must stop
                     chosen = [error]
             dist.broadcast_object_list(chosen, src=0)
@@ -280,82 +262,3 @@ class L2T(VisionAlgorithm):
         if state.get("templates") is not None:
             self.table = [Template(str(s), int(c)) for s, c in state["templates"]]
             self.source_used = state["template_source"]
-
-    def _choose(self, dataset: Any) -> tuple[list[Template], str]:
-        """Templates and where they are from: hand list, the data's own list, sentence frequency, in this order."""
-        source = self.template_source
-        if source == "none":
-            return [], "none"
-        given = None if self.templates is None else [sentence_key(s) for s in _sentences(self.templates)]
-        counts = self._counts(dataset, asked=source in ("dataset", "frequency") or given is None)
-        tally = counts.counts if counts is not None else {}
-        if given is not None and source in ("auto", "list"):
-            table, source = counted(given, tally), "list"  # type: ignore[arg-type]
-        else:
-            assert counts is not None
-            if source == "dataset" and not counts.templates:
-                raise UserError(
-                    "algorithms.l2t: the dataset declares no templates of its own; use template_source: frequency"
-                )
-            if counts.templates and source in ("auto", "dataset"):
-                table, source = counted(counts.templates, counts.counts), "dataset"
-            else:
-                table, source = frequent_sentences(counts, **self.frequency), "frequency"  # type: ignore[arg-type]
-        share = removed_share(table, counts.words) if counts is not None else None
-        self._write_report(table, source, share)
-        if share is not None and share > self.max_removed:
-            raise UserError(
-                f"algorithms.l2t: templates by {source} hold {share:.0%} of all instruction words (limit "
-                f"max_removed={self.max_removed:.0%}); genuine questions repeat in this data: give a hand list "
-                "(algorithms.l2t.templates: [...]) or template_source: none"
-            )
-        return table, source
-
-    def _counts(self, dataset: Any, asked: bool) -> SentenceCounts | None:
-        read = getattr(dataset, "sentence_counts", None)
-        counts: Any = read(sample=self.template_sample) if callable(read) else None
-        if counts is None and asked:
-            raise UserError(
-                "algorithms.l2t: no sentence counts beside the training data; make them with `opsin data templates "
-                "REMOTE`, or set algorithms.l2t.template_sample, templates, or template_source: none"
-            )
-        return counts
-
-    def _write_report(self, table: Sequence[Template], source: str, share: float | None) -> None:
-        if self.report is None:
-            return
-        body = {
-            "source": source,
-            "share_of_instruction_words_removed": share,
-            "templates": [{"sentence": t.sentence, "count": t.count} for t in table],
-        }
-        path = Path(self.report)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _sentences(given: Sequence[str] | str) -> list[str]:
-    """A list, or the lines of a file."""
-    if not isinstance(given, str):
-        return list(given)
-    try:
-        return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"algorithms.l2t.templates: cannot read '{given}': {why}") from error
-
-
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"algorithms.l2t.{key}: '{value}' is unknown{nearest(str(value), known)}")
-
-
-def _at_least(least: int, **values: float) -> None:
-    for key, value in values.items():
-        if not value >= least:
-            raise UserError(f"algorithms.l2t.{key}: expected {least} or more, got {value}")
-
-
-def _sentence_list(key: str, given: Any) -> None:
-    if isinstance(given, dict | str) or not all(isinstance(s, str) for s in given):
-        raise UserError(f"algorithms.l2t.{key}: expected a list of sentences, got {given!r}"[:300])

@@ -297,8 +297,8 @@ def test_sources_in_order_hand_list_then_the_data_then_frequency(tmp_path) -> No
 
     def chosen(method, data):
         return (
-            [t.sentence for t in method._choose(Data(data))[0]],
-            method._choose(Data(data))[1],
+            [t.sentence for t in method.choice.choose(Data(data))[0]],
+            method.choice.choose(Data(data))[1],
         )
 
     assert chosen(L2T(templates=["Say: It!"]), own) == (["say: it"], "list")
@@ -313,13 +313,13 @@ def test_sources_in_order_hand_list_then_the_data_then_frequency(tmp_path) -> No
 
 def test_no_counts_or_too_much_removed_is_one_clear_line(tmp_path) -> None:
     with pytest.raises(UserError, match="opsin data templates"):
-        L2T()._choose(Data(None))
+        L2T().choice.choose(Data(None))
     with pytest.raises(UserError, match="declares no templates"):
-        L2T(template_source="dataset")._choose(Data(_counts()))
+        L2T(template_source="dataset").choice.choose(Data(_counts()))
     report = tmp_path / "report.json"
     thin = _counts(100, what_colour_is_the_cube=90)
     with pytest.raises(UserError, match=r"hold 45% .* hand list") as error:
-        L2T(max_removed=0.4, report=str(report))._choose(Data(thin))
+        L2T(max_removed=0.4, report=str(report)).choice.choose(Data(thin))
     assert "\n" not in str(error.value)
     body = json.loads(report.read_text())
     assert body["templates"] == [{"sentence": "what colour is the cube", "count": 90}]

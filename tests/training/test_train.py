@@ -94,7 +94,8 @@ def test_stages_chain_and_finished_ones_are_shared(tmp_path: Path, scenes: str) 
         )
         assert (again.model / "config.json").is_file()
     with pytest.raises(
-        UserError, match="init_from 'smal': no stage, run, checkpoint or folder with a model; did you mean 'small'"
+        UserError,
+        match="init_from 'smal': no stage, run, checkpoint or folder with a model; did you mean 'small'",
     ):
         train(runs.loaded(tmp_path, scenes, "init_from=smal", "run_name=lost"))
 
