@@ -62,6 +62,8 @@ def evaluate(
     model = load_model(folder.model)
     if torch.cuda.is_available() and loaded.run.device != "cpu":
         model.to(torch.device("cuda", dist.get_local_rank()))
+    if loaded.run.precision == "amp_bf16":  # as it was trained; half the time on a CPU that has bf16
+        model.net.autocast_dtype = torch.bfloat16
     collator = build_collator(model, stage, stage.config.train_loader)
     found = usable(collator.encoder, stored_samples(config))
     majority = None
