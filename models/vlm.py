@@ -80,7 +80,11 @@ class VisionLanguageModel(ComposerModel):
                 "this batch has no label index: give the Trainer data.batch.vlm_data_spec(dataloader), because "
                 "Composer's default split_batch loses image rows"
             )
-        return self.net(batch, self.step(batch))
+        step = self.step(batch)
+        outputs = self.net(batch, step)
+        # FSDP2 of newer torch hands the net a copy of the record; what it tapped comes back among the outputs.
+        step.tapped.update({n: outputs[f"tap{n}"] for n in step.taps if f"tap{n}" in outputs})
+        return outputs
 
     def loss(self, outputs: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:
         """``{"lm": scalar}``: weighted cross-entropy in nats over the labelled tokens of the whole step.
