@@ -239,7 +239,7 @@ class ConversationEncoder:
                     len(pairs) - kept,
                 )
             # Each exchange has a known number of tokens: go straight to the number of exchanges that fit.
-            ends = np.searchsorted(piece.turns, np.arange(kept), side="right")
+            ends = np.searchsorted(np.maximum.accumulate(piece.turns), np.arange(kept), side="right")
             kept = min(kept - 1, int((ends <= self.max_seq_len).sum()))
         raise Rejected(Status.TOO_LONG, f"the first exchange alone has more than {self.max_seq_len} tokens")
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_transforms import get_size_with_aspect_ratio
 
 PER_IMAGE_KEYS = ("image_sizes", "image_grid_thw", "pixel_attention_mask")
 """Batch keys with one row an image (when the family has them)."""
@@ -122,15 +123,34 @@ def resize_and_crop_box(
     """
     size = dict(image_processor.size) if getattr(image_processor, "do_resize", True) else {}
     if size.get("shortest_edge"):
-        scale = size["shortest_edge"] / min(width, height)
-        resized = (width * scale, height * scale)
+        # The processor's own rule: the longer edge loses its fraction.
+        resized = get_size_with_aspect_ratio((height, width), size["shortest_edge"], size.get("longest_edge"))
     elif size.get("height"):
-        resized = (float(size["width"]), float(size["height"]))
+        resized = (int(size["height"]), int(size["width"]))
     else:
-        resized = (float(width), float(height))
-    out_w, out_h = resized
+        resized = (height, width)
+    out = resized
     if getattr(image_processor, "do_center_crop", False):
-        crop = image_processor.crop_size
-        out_w, out_h = float(crop["width"]), float(crop["height"])
-    left, top = (1 - out_w / resized[0]) / 2, (1 - out_h / resized[1]) / 2
-    return left, top, 1 - left, 1 - top, round(out_h), round(out_w)
+        out = (int(image_processor.crop_size["height"]), int(image_processor.crop_size["width"]))
+    # Whole pixels cut (or, below 0, padded) before the picture; the rest is cut after it.
+    top, left = (_cut(whole - part, image_processor) for whole, part in zip(resized, out, strict=True))
+    return (
+        left / resized[1],
+        top / resized[0],
+        (left + out[1]) / resized[1],
+        (top + out[0]) / resized[0],
+        out[0],
+        out[1],
+    )
+
+
+def _cut(excess: int, image_processor: Any) -> int:
+    """Pixels that a centre crop takes from the left or the top of a picture that is ``excess`` too large."""
+    half, odd = divmod(excess, 2)
+    # Both kinds of processor cut the smaller half first; when they pad, torchvision's pads the smaller half
+    # first and NumPy's the larger.
+    torchvision = (
+        getattr(image_processor, "is_fast", False)
+        or getattr(image_processor, "backend", None) == "torchvision"
+    )
+    return half + odd if excess < 0 and torchvision else half

@@ -26,6 +26,24 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small dataset of scenes."""
+    import runs
+
+    return runs.write_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache folder of the test's own; environment variables that a run sets do not outlive the test."""
+    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path / "cache"))
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

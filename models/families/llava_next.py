@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,10 @@ def mosaic(size: tuple[int, int], pinpoints: list[Any], tile: int, side: int) ->
 
 
 class LlavaNextImages(ImageEncoder):
-    """Tokens of a picture: the thumbnail's grid, then the mosaic row by row with a newline token each."""
+    """Tokens of a picture: the thumbnail's grid, then the mosaic row by row with a newline token each.
+
+    A picture so long and thin that its mosaic has no row or no column is a ``ValueError``.
+    """
 
     def __init__(self, processor: Any, config: Any):
         super().__init__(processor, config)
@@ -48,15 +52,27 @@ class LlavaNextImages(ImageEncoder):
         size = (picture.height, picture.width)
         rows, columns, top, left = mosaic(size, list(self.config.image_grid_pinpoints), self.tile, self.side)
         shown_rows, shown_columns = rows - 2 * top, columns - 2 * left
+        if not shown_rows or not shown_columns:
+            raise ValueError(
+                f"{size[1]}x{size[0]} pixels is so long and thin that no patch of the tiles shows it"
+            )
         base = self.side * self.side
-        # Exact rows and columns that the picture fills; the model cuts whole patches, so some padding may stay.
-        filled_rows = min(rows, size[0] * columns / size[1])
-        filled_columns = min(columns, size[1] * rows / size[0])
-        y = (top - (rows - filled_rows) / 2) / filled_rows
-        x = (left - (columns - filled_columns) / 2) / filled_columns
+        # The picture within the tiles: resized to whole pixels, with whole pixels of padding before it.
+        patch = self.tile // self.side
+        height, width = rows * patch, columns * patch
+        scale = min(height / size[0], width / size[1])
+        filled_height = min(math.ceil(size[0] * scale), height)
+        filled_width = min(math.ceil(size[1] * scale), width)
+        y, x = (height - filled_height) // 2, (width - filled_width) // 2
+        box = (
+            (left * patch - x) / filled_width,
+            (top * patch - y) / filled_height,
+            ((columns - left) * patch - x) / filled_width,
+            ((rows - top) * patch - y) / filled_height,
+        )
         views = (
             View((self.side, self.side), (0.0, 0.0, 1.0, 1.0), start=0, stride=self.side),
-            View((shown_rows, shown_columns), (x, y, 1 - x, 1 - y), start=base, stride=shown_columns + 1),
+            View((shown_rows, shown_columns), box, start=base, stride=shown_columns + 1),
         )
         tokens = base + shown_rows * (shown_columns + 1)
         pixels = {PIXEL_KEY: out[PIXEL_KEY], "image_sizes": torch.as_tensor(out["image_sizes"]).reshape(1, 2)}

@@ -1,27 +1,8 @@
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small dataset of scenes."""
-    import runs
-
-    return runs.write_scenes(tmp_path_factory.mktemp("data") / "scenes")
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path / "cache"))
-    before = dict(os.environ)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
+def _own_cache(own_cache: None) -> None:
+    """Every test here may start runs."""
