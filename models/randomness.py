@@ -1,0 +1,70 @@
+"""Random numbers that are a pure function of a key: counter-based, vectorised, the same on every device.
+
+A method's randomness must depend on (seed, method, visit, sample uid, image, draw) and on nothing else: not on the
+batch's size, on ranks, workers or restarts. A generator that is seeded a sample would need a loop over samples;
+here every element is mixed from its own key and counter (SplitMix64: Steele, Lea & Flood, OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def _signed(value: int) -> int:
+    """A 64-bit constant as torch's int64 holds it."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical right shift (torch's is arithmetic)."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser: int64 -> int64 of which every bit depends on every bit."""
+    x = (x ^ _shifted(x, 30)) * _signed(_MIX[0])
+    x = (x ^ _shifted(x, 27)) * _signed(_MIX[1])
+    return x ^ _shifted(x, 31)
+
+
+def keys(*parts: torch.Tensor | int) -> torch.Tensor:
+    """One int64 key for each combination of the parts, which broadcast (int64 tensors or integers).
+
+    Example:
+        >>> keys(stable_hash("ross", seed), document_uid, document_visit, image)
+    """
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        if isinstance(part, int):
+            part = torch.tensor(_signed(part & ((1 << 64) - 1)))
+        key = mix(key.to(part.device) + _signed(_GAMMA) ^ mix(part.long() + _signed(_GAMMA)))
+    return key
+
+
+def _bits(key: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    return mix(key + (count + 1) * _signed(_GAMMA))
+
+
+def uniform(key: torch.Tensor, count: int | torch.Tensor = 1) -> torch.Tensor:
+    """Uniform numbers in [0, 1), float64: (*key.shape, count), or of the broadcast shape if ``count`` is a tensor
+    of counters."""
+    if isinstance(count, int):
+        key, count = key[..., None], torch.arange(count, device=key.device)
+    return _shifted(_bits(key, count), 11).double() * 2.0**-53
+
+
+def normal(key: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers, float32: (*key.shape, count), or of the broadcast shape if ``count`` is a tensor of
+    counters. Box and Muller (1958), both halves of the bits used.
+    """
+    if isinstance(count, int):
+        key, count = key[..., None], torch.arange(count, device=key.device)
+    bits = _bits(key, count)
+    radius = ((_shifted(bits, 40).float() + 0.5) * 2.0**-24).log().mul_(-2).sqrt_()
+    angle = (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
+    return radius * angle.cos()
