@@ -108,7 +108,7 @@ def split_batch(
         (B * L) hidden states, ``label_targets`` (n,), ``label_weights`` (n,), ``label_roles`` (n,),
         ``label_turns`` (n,), ``label_branches`` (n,), ``label_answer`` (n,) ordinal of the answer a token belongs to or -1,
         ``answers`` (int), ``patch_position``, ``patch_view``, ``patch_row``, ``patch_column`` (P,),
-        ``plain_attention`` (bool), ``tokens`` (int), ``denominators`` (dict of scalars).
+        ``grids`` ((rows, columns) of each view, Python numbers), ``plain_attention`` (bool), ``tokens`` (int), ``denominators`` (dict of scalars).
     """
     samples = int(batch["sample_status"].numel())
     full = max(samples, device_batch_size or samples) if training else samples
@@ -215,6 +215,8 @@ def _index(part: dict[str, Any]) -> dict[str, Any]:
     )
     part["patch_position"], part["patch_view"] = patches.position, patches.view
     part["patch_row"], part["patch_column"] = patches.row, patches.column
+    # Shapes as the host's own numbers: no step has to ask the device for them.
+    part["grids"] = tuple(map(tuple, part["view_grid"].tolist()))
     return part
 
 

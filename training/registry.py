@@ -130,9 +130,15 @@ def _composer_schedulers() -> dict[str, Any]:
 
 
 algorithms = Registry(
-    "algorithms", "Methods of Opsin, and Composer's own algorithms.", {"l2t": "opsin.algorithms.l2t:L2T"},
+    "algorithms",
+    "Methods of Opsin, and Composer's own algorithms.",
+    {
+        "l2t": "opsin.algorithms.l2t:L2T",
+        "ross": "opsin.algorithms.ross:ROSS",
+        "gradient_clipping_by_part": "opsin.algorithms.clipping:GradientClippingByPart",
+    },
     _composer_algorithms,
-)  # fmt: skip
+)
 models = Registry(
     "models",
     "Vision-language models: from a folder or hub name, from parts, or tiny ones for demonstration.",

@@ -26,6 +26,14 @@ def make_target(spec: str | Mapping[str, Any], where: str = "algorithms.ross.tar
     Raises:
         UserError: unknown name or keyword; the line names the nearest one.
     """
+    make, keywords = check_target(spec, where)
+    return make(**keywords)
+
+
+def check_target(
+    spec: str | Mapping[str, Any], where: str = "algorithms.ross.target"
+) -> tuple[type[Target], dict[str, Any]]:
+    """Class and keywords of a target, looked up but not built; see :func:`make_target`."""
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in KINDS:
@@ -37,7 +45,7 @@ def make_target(spec: str | Mapping[str, Any], where: str = "algorithms.ross.tar
     for key in given:
         if key not in known:
             raise UserError(f"{where}.{key}: unknown key{nearest(str(key), known)}")
-    return make(**given)
+    return make, given
 
 
-__all__ = ["KINDS", "Target", "make_target"]
+__all__ = ["KINDS", "Target", "check_target", "make_target"]

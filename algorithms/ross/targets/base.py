@@ -88,13 +88,13 @@ class Target(ABC):
         if not pictures:
             return torch.zeros(0, self.moments_dim)
         sized = [
-            self._sized(picture, rows, columns)
+            self.sized(picture, rows, columns)
             for picture, (rows, columns) in zip(pictures, grids, strict=True)
         ]
         found: list[torch.Tensor | None] = [None] * len(sized)
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, grid in enumerate(grids):
-            by_size.setdefault(tuple(grid), []).append(i)
+            by_size.setdefault((grid[0], grid[1]), []).append(i)
         for members in by_size.values():  # one call a size, not one a picture
             for start in range(0, len(members), self.pictures_at_once):
                 chunk = members[start : start + self.pictures_at_once]
@@ -116,7 +116,8 @@ class Target(ABC):
         """Whether :meth:`draw` needs noise."""
         return self.moments_dim != self.dim
 
-    def _sized(self, picture: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def sized(self, picture: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """A view (3, h, w) as this target reads it: (3, rows * cell, columns * cell) float32 in [0, 1]."""
         size = (rows * self.cell, columns * self.cell)
         if picture.shape[-2:] == size:
             return picture.float()

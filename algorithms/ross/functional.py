@@ -1,0 +1,144 @@
+"""ROSS as functions on tensors: noise, loss of each view, and nothing of Composer (arXiv 2410.09575).
+
+V views (a view is one grid of patches), P patches in all, K draws of noise a view, C channels of a target token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...models.randomness import keys, normal, uniform
+from .diffusion import Objective
+from .targets.base import Target, fold
+from .views import Views
+
+_POSTERIOR, _TIME, _NOISE = 0, 1, 2
+"""Streams of random numbers of one view."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Noise of a micro-batch.
+
+    Attributes:
+        time: (K, V) int64, 0 .. T - 1, one for all patches of a view.
+        noise: (K, P, C) float32, standard normal.
+    """
+
+    time: torch.Tensor
+    noise: torch.Tensor
+
+
+def view_keys(
+    seed: int, uid: torch.Tensor, visit: torch.Tensor, image: torch.Tensor, row: torch.Tensor
+) -> torch.Tensor:
+    """One key a view, a function of (seed, sample, visit, image, which view of the image): (V,) int64.
+
+    Args:
+        seed: of the run and the method.
+        uid, visit, image: (V,) int64, of the view's document.
+        row: (V,) int64, anything that tells documents apart that share a uid in one batch (its batch row).
+    """
+    place = torch.arange(len(uid), device=uid.device)
+    new = torch.ones_like(place, dtype=torch.bool)
+    if len(uid) > 1:
+        same = (uid[1:] == uid[:-1]) & (image[1:] == image[:-1]) & (row[1:] == row[:-1])
+        new[1:] = ~same
+    first = torch.where(new, place, 0).cummax(0).values if len(uid) else place
+    return keys(seed, uid, visit, image, place - first)
+
+
+def draw_noise(key: torch.Tensor, views: Views, draws: int, dim: int, timesteps: int) -> Draws:
+    """Times and noise of K draws; see :class:`Draws`. ``key``: (V,), of :func:`view_keys`."""
+    draw = torch.arange(draws, device=key.device)[:, None]
+    time = (uniform(keys(key, _TIME, draw))[..., 0] * timesteps).long().clamp(max=timesteps - 1)
+    return Draws(time, _patch_noise(keys(key, _NOISE, draw), views, dim))
+
+
+def posterior_noise(key: torch.Tensor, views: Views, dim: int) -> torch.Tensor:
+    """Noise that draws a target from its posterior, shared by all K draws: (P, C)."""
+    return _patch_noise(keys(key, _POSTERIOR)[None], views, dim)[0]
+
+
+def _patch_noise(key: torch.Tensor, views: Views, dim: int) -> torch.Tensor:
+    """(K, V) keys -> (K, P, C): counted within each view, so neighbours in the batch change nothing."""
+    place = views.row * views.extent[:, 1] + views.column
+    counter = place[:, None] * dim + torch.arange(dim, device=key.device)
+    return normal(key[:, views.view, None], counter)
+
+
+def reconstruction_loss(
+    head: nn.Module,
+    condition: torch.Tensor,
+    target: torch.Tensor,
+    views: Views,
+    objective: Objective,
+    draws: Draws | None,
+    shares: torch.Tensor | None,
+) -> torch.Tensor:
+    """Loss of each patch, mean over channels and draws: (P,) float32.
+
+    Args:
+        head: see ``heads``.
+        condition: (P, D) hidden states at the image tokens.
+        target: (P, C) float32.
+        views: where the patches lie.
+        objective: what the head is asked (not a ``decoded`` one).
+        draws: for noisy objectives.
+        shares: (T,) float32 table of the objective.
+    """
+    if not objective.noisy:
+        return objective.distance(head(condition, views, None, None), target[None]).mean(0)
+    assert draws is not None and shares is not None and objective.mix is not None
+    share = shares[draws.time][:, views.view, None]
+    noisy, wanted = objective.mix(target, draws.noise, share)
+    return objective.distance(head(condition, views, noisy, draws.time), wanted).mean(0)
+
+
+def decoded_loss(
+    head: nn.Module,
+    condition: torch.Tensor,
+    pictures: Sequence[torch.Tensor],
+    grids: Sequence[tuple[int, int]],
+    views: Views,
+    target: Target,
+) -> torch.Tensor:
+    """Latent to pixel (ROSS-R): the head's latents through the target's frozen decoder against the picture, (P,).
+
+    Squared error of RGB in [-1, 1], mean over the pixels of a patch's cell.
+    """
+    said = head(condition, views, None, None)[0]
+    sizes = [rows * columns for rows, columns in grids]
+    parts = said.split(sizes)
+    errors: list[torch.Tensor | None] = [None] * len(sizes)
+    by_grid: dict[tuple[int, int], list[int]] = {}
+    for i, grid in enumerate(grids):
+        by_grid.setdefault((grid[0], grid[1]), []).append(i)
+    for grid, members in by_grid.items():
+        wanted = torch.stack([target.sized(pictures[i], *grid) for i in members])
+        shown = target.decode(torch.stack([parts[i] for i in members]), grid)
+        error = fold((2 * (shown - wanted)).square(), target.cell).mean(-1)
+        for i, e in zip(members, error, strict=True):
+            errors[i] = e
+    return torch.cat([e for e in errors if e is not None])
+
+
+def mean_of_views(
+    loss: torch.Tensor, views: Views, count: int, counted: torch.Tensor | None, used: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the used views of the mean over their counted patches: a scalar.
+
+    Args:
+        loss: (P,).
+        count: V.
+        counted: (P,) bool, patches in the loss; None: all.
+        used: (V,) bool.
+    """
+    weight = torch.ones_like(loss) if counted is None else counted.to(loss.dtype)
+    patches = torch.zeros(count, dtype=loss.dtype, device=loss.device).index_add(0, views.view, weight)
+    weight = weight * used.to(loss.dtype)[views.view] / patches.clamp(min=1)[views.view]
+    return torch.where(weight > 0, loss * weight, 0.0).sum()

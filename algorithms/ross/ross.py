@@ -1,0 +1,301 @@
+"""ROSS as a Composer algorithm: a loss on what the language model's visual outputs say about the image."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from composer.core import State
+from composer.loggers import Logger
+from torch import nn
+
+from ...data.schema import stable_hash
+from ...models.errors import UserError, nearest
+from ...models.net import nan_safe_zero
+from ...models.normalise import declare, term
+from ...models.step import FINAL
+from ...models.vlm import VisionLanguageModel
+from ..base import VisionAlgorithm
+from .diffusion import TIMESTEPS, objective_named
+from .functional import (
+    decoded_loss,
+    draw_noise,
+    mean_of_views,
+    posterior_noise,
+    reconstruction_loss,
+    view_keys,
+)
+from .heads import DENOISERS, HEADS, make_head
+from .targets import Target, check_target, make_target
+from .views import Views
+
+log = logging.getLogger(__name__)
+
+FLUX = {"name": "vae", "path": "black-forest-labs/FLUX.1-dev", "subfolder": "vae"}
+"""The paper's target."""
+
+LETTERBOX = ("reconstruct", "mask")
+
+
+class ROSS(VisionAlgorithm):
+    """Reconstruct each image's latent tokens from the language model's outputs at its visual tokens.
+
+    Source: arXiv 2410.09575. Adds ``loss/train/ross``: the mean over views (grids of patches; an image of LLaVA-NeXT
+    has two) of the mean over their patches. Target and objective are chosen apart; the paper's variants are
+
+    ==================  ===========  =============  ========
+    variant             target       objective      head
+    ==================  ===========  =============  ========
+    ROSS (D-Latent)     vae          epsilon        dit
+    R-Pixel             pixels       mse            mlp
+    R-Latent            vae          cosine         mlp
+    R-Latent2Pixel      vae          decoded_mse    mlp
+    ==================  ===========  =============  ========
+
+    Args:
+        weight: of the loss (paper: 1). 0: off.
+        target: a name (``vae``, ``vq``, ``features``, ``pixels``, ``autoencoder``) or a mapping with ``name`` and
+            that target's keywords; see ``targets``.
+        objective: see ``diffusion.OBJECTIVES``.
+        head: ``dit`` (the paper's code), ``vit`` (its figure), ``linear`` or ``mlp``; default: dit for objectives
+            that denoise, else mlp.
+        depth: blocks of a denoiser (paper: 3), layers of ``mlp`` (2).
+        width: of a denoiser; default: the paper's for this depth (1024); ``scaled``: in the paper's proportion to the
+            language model.
+        mlp_ratio: of a denoiser.
+        layer: whose output is the condition: -1 (after the final norm, the paper's), or 1 .. N.
+        draws: noisy copies an image (paper's K: 4), each with its own time and noise.
+        timesteps: T of the schedule.
+        detach: leave the language model alone: the head learns to read it, nothing more. A control.
+        lr: of the head; default: ``lr_by_part.auxiliary``, else the optimizer's (paper: 1e-4 in align).
+        letterbox: what processors padded: ``reconstruct`` it (paper), or ``mask`` patches whose centre lies there.
+        min_visible: a view of which another method left fewer patches visible adds nothing.
+        stored: targets that the dataset brings along (``opsin data latents``): ``auto`` takes them, ``required``
+            stops without them, ``ignore`` computes them anyway.
+    """
+
+    name: ClassVar[str] = "ross"
+    loss_keys: ClassVar[tuple[str, ...]] = ("ross",)
+    needs: ClassVar[frozenset[str]] = frozenset({"images"})
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        target: str | dict[str, Any] | None = None,
+        objective: str = "epsilon",
+        head: str | None = None,
+        depth: int | None = None,
+        width: int | str | None = None,
+        mlp_ratio: float = 4.0,
+        layer: int = FINAL,
+        draws: int = 4,
+        timesteps: int = TIMESTEPS,
+        detach: bool = False,
+        lr: float | None = None,
+        letterbox: str = "reconstruct",
+        min_visible: int = 10,
+        stored: str = "auto",
+    ):
+        if weight < 0:
+            raise UserError(f"algorithms.ross.weight: {weight} is negative")
+        for key, value in (("draws", draws), ("timesteps", timesteps), ("min_visible", min_visible)):
+            if value < 1:
+                raise UserError(f"algorithms.ross.{key}: {value} is less than 1")
+        _one_of("letterbox", letterbox, LETTERBOX)
+        _one_of("stored", stored, ("auto", "required", "ignore"))
+        self.weight = float(weight)
+        self.target_spec: str | Mapping[str, Any] = FLUX if target is None else target
+        check_target(self.target_spec)
+        self.objective = objective_named(objective)
+        self.head = head or ("dit" if self.objective.noisy else "mlp")
+        _one_of("head", self.head, HEADS)
+        if self.objective.noisy != (self.head in DENOISERS):
+            fit = "dit or vit" if self.objective.noisy else "linear or mlp"
+            raise UserError(f"algorithms.ross.head: objective '{objective}' needs {fit}, not '{self.head}'")
+        if layer == 0 or layer < FINAL:
+            raise UserError(f"algorithms.ross.layer: {layer}: use -1 (after the final norm) or 1 .. N")
+        self.depth = depth if depth is not None else (3 if self.head in DENOISERS else 2)
+        if self.depth < 1:
+            raise UserError(f"algorithms.ross.depth: {depth} is less than 1")
+        self.width, self.mlp_ratio, self.layer = width, float(mlp_ratio), layer
+        self.draws, self.timesteps, self.detach, self.lr = draws, timesteps, detach, lr
+        self.letterbox, self.min_visible, self.stored = letterbox, min_visible, stored
+        self.target: Target | None = None
+        self._seed = 0
+        self._shares = torch.empty(0)
+
+    def is_off(self) -> bool:
+        """At weight 0 nothing is done and no head attached."""
+        return self.weight == 0
+
+    def init(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
+        """Build the target and attach the head."""
+        self.target = target = make_target(self.target_spec)
+        if self.objective.decoded and type(target).decode is Target.decode:
+            raise UserError(
+                f"algorithms.ross.objective: decoded_mse needs a target with a decoder, {target.identity} has none"
+            )
+        condition = model.hf.config.get_text_config().hidden_size
+        head = self.attach(
+            state,
+            lambda: make_head(
+                self.head,
+                condition,
+                target.dim,
+                depth=self.depth,
+                width=self.width,
+                mlp_ratio=self.mlp_ratio,
+            ),
+            lr=self.lr,
+        )
+        self._seed = stable_hash(self.name, state.rank_zero_seed)
+        self._shares = self.objective.shares(self.timesteps).float()
+        size = sum(p.numel() for p in head.parameters())
+        width = getattr(head, "width", condition)
+        log.info(
+            "ross: head %s of width %d, %.1f M parameters; target %s",
+            self.head,
+            width,
+            size / 1e6,
+            target.identity,
+        )
+        logger.log_hyperparameters({"ross/head_width": width, "ross/head_parameters": size})
+
+    def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
+        """Check the targets that the dataset brings; move what computes them to the device."""
+        device = next(model.net.hf.parameters()).device
+        self._shares = self._shares.to(device)
+        self._target.to(device)
+        loader: Any = state.train_dataloader
+        info = getattr(getattr(loader, "dataset", None), "patch_targets_info", None)
+        if info is None:
+            if self.stored == "required":
+                raise UserError(
+                    "algorithms.ross.stored: the dataset brings no targets; make them with `opsin data latents`"
+                )
+        elif self.stored != "ignore":
+            from ...data.patch_targets import check
+            from ...models.geometry import geometry_id
+
+            check(
+                info,
+                self._target.identity,
+                geometry_id(loader.collate_fn.encoder.images),
+                "algorithms.ross.target",
+            )
+
+    def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
+        """Declare the number of views."""
+        batch = state.batch
+        refused = batch["refused"][batch["view_row"], batch["view_document"]]
+        declare(batch, self.name, (~refused).sum())
+
+    def before_forward(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
+        """Ask for the layer that is the condition."""
+        model.step(state.batch).taps.add(self.layer)
+
+    def after_loss(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
+        """Add the loss of this micro-batch."""
+        hidden = model.step(state.batch).tapped[self.layer]
+        if self.detach:
+            hidden = hidden.detach()
+        local = self.local_loss(model, state.batch, hidden)
+        losses: Any = state.loss
+        losses[self.name] = self.weight * term(local, self.name, state.batch)
+
+    def local_loss(
+        self,
+        model: VisionLanguageModel,
+        batch: dict[str, Any],
+        hidden: torch.Tensor,
+        time: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum over the views of a micro-batch of the mean loss of their patches: a scalar.
+
+        Args:
+            model: with this method's head.
+            batch: a micro-batch on the model's device.
+            hidden: (B, L, D).
+            time: (K, V) int64 instead of random ones.
+        """
+        head = model.net.auxiliary[self.name]
+        grids = batch["grids"]
+        if not grids:
+            return self._idle(head, hidden)
+        views, used = self.views(model, batch)
+        condition = hidden.flatten(0, 1)[batch["patch_position"]]
+        if self.objective.decoded:
+            loss = decoded_loss(head, condition, model.pictures(batch), grids, views, self._target)
+        else:
+            key = self.keys(batch)
+            target = self.targets(model, batch, views, key)
+            draws = None
+            if self.objective.noisy:
+                draws = draw_noise(key, views, self.draws, self._target.dim, self.timesteps)
+                if time is not None:
+                    draws = type(draws)(time, draws.noise)
+            loss = reconstruction_loss(head, condition, target, views, self.objective, draws, self._shares)
+        return mean_of_views(loss, views, len(grids), self._counted(batch, views), used)
+
+    def views(self, model: VisionLanguageModel, batch: dict[str, Any]) -> tuple[Views, torch.Tensor]:
+        """Views of a micro-batch, without what another method hid; and which of them are used, (V,) bool."""
+        grids = batch["grids"]
+        hidden = model.step(batch).hidden
+        visible = None if hidden is None else ~hidden.flatten()[batch["patch_position"]]
+        views = Views.of(grids, batch["patch_position"].device, visible)
+        used = ~batch["refused"][batch["view_row"], batch["view_document"]]
+        if visible is not None:
+            seen = torch.zeros(len(grids), dtype=torch.int64, device=visible.device)
+            seen = seen.index_add(0, views.view, visible.long())
+            patches = batch["view_grid"].prod(1)
+            used = used & ((seen == patches) | (seen >= self.min_visible))
+        return views, used
+
+    def keys(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Key of each view's randomness, (V,) int64."""
+        row, document = batch["view_row"], batch["view_document"]
+        uid, visit = batch["document_uid"][row, document], batch["document_visit"][row, document]
+        return view_keys(
+            self._seed, uid, visit, batch["view_image"], row * batch["document_uid"].shape[1] + document
+        )
+
+    def targets(
+        self, model: VisionLanguageModel, batch: dict[str, Any], views: Views, key: torch.Tensor
+    ) -> torch.Tensor:
+        """What is to be reconstructed, (P, C) float32: stored with the data, or computed now."""
+        target = self._target
+        stored = batch.get("patch_targets") if self.stored != "ignore" else None
+        with torch.no_grad(), torch.autocast(views.view.device.type, enabled=False):
+            moments = (
+                target.moments(model.pictures(batch), batch["grids"]) if stored is None else stored.float()
+            )
+            return target.draw(moments, posterior_noise(key, views, target.dim) if target.draws else None)
+
+    def _counted(self, batch: dict[str, Any], views: Views) -> torch.Tensor | None:
+        counted = views.visible
+        if self.letterbox == "mask":
+            box = batch["view_box"][views.view]
+            x = box[:, 0] + (box[:, 2] - box[:, 0]) * (views.column + 0.5) / views.extent[:, 1]
+            y = box[:, 1] + (box[:, 3] - box[:, 1]) * (views.row + 0.5) / views.extent[:, 0]
+            inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+            counted = inside if counted is None else counted & inside
+        return counted
+
+    def _idle(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """No view in this micro-batch: run the head on one row all the same, as a zero."""
+        views = Views.of([(1, 1)], hidden.device)
+        noisy = torch.zeros(1, 1, self._target.dim, device=hidden.device)
+        time = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
+        return nan_safe_zero(head(hidden.flatten(0, 1)[:1], views, noisy, time))
+
+    @property
+    def _target(self) -> Target:
+        assert self.target is not None, "the target is built at INIT"
+        return self.target
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"algorithms.ross.{key} '{value}': unknown{nearest(str(value), known)}")
