@@ -74,6 +74,11 @@ def tokens_in_batch(batch: dict[str, Any]) -> dict[str, int]:
     return {"total": int(batch["attention_mask"].sum()), "loss_generating": labelled}
 
 
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a micro-batch that no Trainer moves."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
 def effective_weights(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss weight of each token, 0 where nothing is learnt; and the position it is predicted from. (B, L) each.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..data.batch import split_batch
+from ..data.batch import split_batch, to_device
 from ..data.chat import BadConversation
 from ..data.collate import VLMCollator
 from ..data.encode import Rejected
@@ -79,8 +79,3 @@ def score(
     finally:
         model.train(mode)
     return scored
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a micro-batch."""
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

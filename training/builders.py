@@ -126,13 +126,21 @@ def named(
 
 
 def mapped(
-    registry: Registry, specs: Mapping[str, Mapping[str, Any] | None], place: Callable[..., str], section: str
+    registry: Registry,
+    specs: Mapping[str, Mapping[str, Any] | None],
+    place: Callable[..., str],
+    section: str,
+    **given: dict[str, Any],
 ) -> list[Any]:
-    """Build every entry of a ``name: {keywords}`` section (callbacks, loggers)."""
+    """Build every entry of a ``name: {keywords}`` section (callbacks, loggers).
+
+    ``given``: further keywords by name, where the configuration is silent (a folder of the run and the like).
+    """
     built = []
     for name, keywords in specs.items():
         where = partial(place_in, place, section, name)
-        built.append(construct(registry.get(name, where("")), dict(keywords or {}), where))
+        arguments = {**given.get(name, {}), **(keywords or {})}
+        built.append(construct(registry.get(name, where("")), arguments, where))
     return built
 
 

@@ -155,7 +155,12 @@ datasets = Registry("datasets", "Data that `prepare:` makes when it is not there
 evaluations = Registry("evaluations", "What is measured of a trained model.", {
     "scorecard": "opsin.evaluation.scorecard:scorecard",
 })  # fmt: skip
-callbacks = Registry("callbacks", "Composer's callbacks.", {}, _composer_callbacks)
+callbacks = Registry(
+    "callbacks",
+    "Callbacks of Opsin, and Composer's own.",
+    {"ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures"},
+    _composer_callbacks,
+)
 loggers = Registry("loggers", "Composer's loggers.", {}, _composer_loggers)
 optimizers = Registry("optimizers", "Optimizers of torch and Composer.", {}, _composer_optimizers)
 schedulers = Registry("schedulers", "Learning-rate schedules of Composer.", {}, _composer_schedulers)

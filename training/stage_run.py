@@ -157,7 +157,13 @@ def train_stage(
             SkippedSamples(run.preflight.max_skipped, str(folder.skipped)),
             EveryParameterTrained(),
             restore,
-            *mapped(callback_registry, run.callbacks, loaded.where, "callbacks"),
+            *mapped(
+                callback_registry,
+                run.callbacks,
+                loaded.where,
+                "callbacks",
+                ross_pictures={"folder": str(stage_folder / "pictures")},
+            ),
         ],
         loggers=[
             MetricsFile(folder.metrics, stage.name),

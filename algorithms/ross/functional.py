@@ -16,7 +16,7 @@ from .diffusion import Objective
 from .targets.base import Target, fold
 from .views import Views
 
-_POSTERIOR, _TIME, _NOISE = 0, 1, 2
+_POSTERIOR, _TIME, _NOISE, _START = 0, 1, 2, 3
 """Streams of random numbers of one view."""
 
 
@@ -64,6 +64,11 @@ def posterior_noise(key: torch.Tensor, views: Views, dim: int) -> torch.Tensor:
     return _patch_noise(keys(key, _POSTERIOR)[None], views, dim)[0]
 
 
+def starting_noise(key: torch.Tensor, views: Views, dim: int) -> torch.Tensor:
+    """Noise from which reconstructions are sampled: (P, C)."""
+    return _patch_noise(keys(key, _START)[None], views, dim)[0]
+
+
 def _patch_noise(key: torch.Tensor, views: Views, dim: int) -> torch.Tensor:
     """(K, V) keys -> (K, P, C): counted within each view, so neighbours in the batch change nothing."""
     place = views.row * views.extent[:, 1] + views.column
@@ -71,7 +76,7 @@ def _patch_noise(key: torch.Tensor, views: Views, dim: int) -> torch.Tensor:
     return normal(key[:, views.view, None], counter)
 
 
-def reconstruction_loss(
+def token_losses(
     head: nn.Module,
     condition: torch.Tensor,
     target: torch.Tensor,
@@ -80,7 +85,7 @@ def reconstruction_loss(
     draws: Draws | None,
     shares: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Loss of each patch, mean over channels and draws: (P,) float32.
+    """Loss of each patch and draw, mean over channels: (K, P) float32; K = 1 for objectives without noise.
 
     Args:
         head: see ``heads``.
@@ -92,11 +97,24 @@ def reconstruction_loss(
         shares: (T,) float32 table of the objective.
     """
     if not objective.noisy:
-        return objective.distance(head(condition, views, None, None), target[None]).mean(0)
+        return objective.distance(head(condition, views, None, None), target[None])
     assert draws is not None and shares is not None and objective.mix is not None
     share = shares[draws.time][:, views.view, None]
     noisy, wanted = objective.mix(target, draws.noise, share)
-    return objective.distance(head(condition, views, noisy, draws.time), wanted).mean(0)
+    return objective.distance(head(condition, views, noisy, draws.time), wanted)
+
+
+def reconstruction_loss(
+    head: nn.Module,
+    condition: torch.Tensor,
+    target: torch.Tensor,
+    views: Views,
+    objective: Objective,
+    draws: Draws | None,
+    shares: torch.Tensor | None,
+) -> torch.Tensor:
+    """Loss of each patch, mean over channels and draws: (P,) float32; arguments as :func:`token_losses`."""
+    return token_losses(head, condition, target, views, objective, draws, shares).mean(0)
 
 
 def decoded_loss(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -132,42 +133,63 @@ class ROSS(VisionAlgorithm):
 
     def init(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Build the target and attach the head."""
+        head = self.attach(state, self.prepare(model, state.rank_zero_seed), lr=self.lr)
+        size = sum(p.numel() for p in head.parameters())
+        width = getattr(head, "width", None)
+        target = self.built_target.identity
+        log.info("ross: %s of width %s, %.1f M parameters; target %s", self.head, width, size / 1e6, target)
+        logger.log_hyperparameters({"ross/head_width": width, "ross/head_parameters": size})
+
+    def prepare(self, model: VisionLanguageModel, seed: int) -> Callable[[], nn.Module]:
+        """Build the target; the function that makes the head for it.
+
+        Raises:
+            UserError: target, objective and model do not fit.
+        """
         self.target = target = make_target(self.target_spec)
         if self.objective.decoded and type(target).decode is Target.decode:
             raise UserError(
                 f"algorithms.ross.objective: decoded_mse needs a target with a decoder, {target.identity} has none"
             )
-        condition = model.hf.config.get_text_config().hidden_size
-        head = self.attach(
-            state,
-            lambda: make_head(
-                self.head,
-                condition,
-                target.dim,
-                depth=self.depth,
-                width=self.width,
-                mlp_ratio=self.mlp_ratio,
-            ),
-            lr=self.lr,
-        )
-        self._seed = stable_hash(self.name, state.rank_zero_seed)
+        self._seed = stable_hash(self.name, seed)
         self._shares = self.objective.shares(self.timesteps).float()
-        size = sum(p.numel() for p in head.parameters())
-        width = getattr(head, "width", condition)
-        log.info(
-            "ross: head %s of width %d, %.1f M parameters; target %s",
+        return partial(
+            make_head,
             self.head,
-            width,
-            size / 1e6,
-            target.identity,
+            model.hf.config.get_text_config().hidden_size,
+            target.dim,
+            depth=self.depth,
+            width=self.width,
+            mlp_ratio=self.mlp_ratio,
         )
-        logger.log_hyperparameters({"ross/head_width": width, "ross/head_parameters": size})
+
+    def restore(self, model: VisionLanguageModel, seed: int = 0) -> nn.Module:
+        """Target and trained head for a finished model, outside a Trainer; ``model.saved_heads`` has the weights.
+
+        Raises:
+            UserError: the model was not trained with ROSS, or with another head.
+        """
+        make = self.prepare(model, seed)
+        if self.name not in model.saved_heads:
+            raise UserError("this model has no head of ross: it was trained without, or exported for use")
+        head = make()
+        try:
+            head.load_state_dict(model.saved_heads[self.name])
+        except RuntimeError as error:
+            raise UserError(
+                f"the stored head of ross has another shape: {str(error).splitlines()[-1]}"
+            ) from error
+        device = next(model.net.hf.parameters()).device
+        model.net.auxiliary[self.name] = head.to(device).eval()
+        self._shares = self._shares.to(device)
+        self.built_target.to(device)
+        return head
 
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Check the targets that the dataset brings; move what computes them to the device."""
         device = next(model.net.hf.parameters()).device
         self._shares = self._shares.to(device)
-        self._target.to(device)
+        self.built_target.to(device)
         loader: Any = state.train_dataloader
         info = getattr(getattr(loader, "dataset", None), "patch_targets_info", None)
         if info is None:
@@ -181,7 +203,7 @@ class ROSS(VisionAlgorithm):
 
             check(
                 info,
-                self._target.identity,
+                self.built_target.identity,
                 geometry_id(loader.collate_fn.encoder.images),
                 "algorithms.ross.target",
             )
@@ -210,7 +232,6 @@ class ROSS(VisionAlgorithm):
         model: VisionLanguageModel,
         batch: dict[str, Any],
         hidden: torch.Tensor,
-        time: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum over the views of a micro-batch of the mean loss of their patches: a scalar.
 
@@ -218,7 +239,6 @@ class ROSS(VisionAlgorithm):
             model: with this method's head.
             batch: a micro-batch on the model's device.
             hidden: (B, L, D).
-            time: (K, V) int64 instead of random ones.
         """
         head = model.net.auxiliary[self.name]
         grids = batch["grids"]
@@ -227,15 +247,13 @@ class ROSS(VisionAlgorithm):
         views, used = self.views(model, batch)
         condition = hidden.flatten(0, 1)[batch["patch_position"]]
         if self.objective.decoded:
-            loss = decoded_loss(head, condition, model.pictures(batch), grids, views, self._target)
+            loss = decoded_loss(head, condition, model.pictures(batch), grids, views, self.built_target)
         else:
             key = self.keys(batch)
             target = self.targets(model, batch, views, key)
             draws = None
             if self.objective.noisy:
-                draws = draw_noise(key, views, self.draws, self._target.dim, self.timesteps)
-                if time is not None:
-                    draws = type(draws)(time, draws.noise)
+                draws = draw_noise(key, views, self.draws, self.built_target.dim, self.timesteps)
             loss = reconstruction_loss(head, condition, target, views, self.objective, draws, self._shares)
         return mean_of_views(loss, views, len(grids), self._counted(batch, views), used)
 
@@ -253,19 +271,23 @@ class ROSS(VisionAlgorithm):
             used = used & ((seen == patches) | (seen >= self.min_visible))
         return views, used
 
-    def keys(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Key of each view's randomness, (V,) int64."""
+    def keys(self, batch: dict[str, Any], seed: int | None = None) -> torch.Tensor:
+        """Key of each view's randomness, (V,) int64; ``seed``: instead of the run's."""
         row, document = batch["view_row"], batch["view_document"]
         uid, visit = batch["document_uid"][row, document], batch["document_visit"][row, document]
         return view_keys(
-            self._seed, uid, visit, batch["view_image"], row * batch["document_uid"].shape[1] + document
+            self._seed if seed is None else seed,
+            uid,
+            visit,
+            batch["view_image"],
+            row * batch["document_uid"].shape[1] + document,
         )
 
     def targets(
         self, model: VisionLanguageModel, batch: dict[str, Any], views: Views, key: torch.Tensor
     ) -> torch.Tensor:
         """What is to be reconstructed, (P, C) float32: stored with the data, or computed now."""
-        target = self._target
+        target = self.built_target
         stored = batch.get("patch_targets") if self.stored != "ignore" else None
         with torch.no_grad(), torch.autocast(views.view.device.type, enabled=False):
             moments = (
@@ -286,12 +308,13 @@ class ROSS(VisionAlgorithm):
     def _idle(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """No view in this micro-batch: run the head on one row all the same, as a zero."""
         views = Views.of([(1, 1)], hidden.device)
-        noisy = torch.zeros(1, 1, self._target.dim, device=hidden.device)
+        noisy = torch.zeros(1, 1, self.built_target.dim, device=hidden.device)
         time = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
         return nan_safe_zero(head(hidden.flatten(0, 1)[:1], views, noisy, time))
 
     @property
-    def _target(self) -> Target:
+    def built_target(self) -> Target:
+        """The target, once it is built (at INIT)."""
         assert self.target is not None, "the target is built at INIT"
         return self.target
 
