@@ -118,9 +118,31 @@ def resize_and_crop_box(
 ) -> tuple[float, float, float, float, int, int]:
     """Where the processed pixels of a resize-and-centre-crop processor lie in the original picture.
 
+    A processor that first pads the picture to a square (``do_pad`` of LLaVA's own) gives a box that reaches
+    beyond 0..1.
+
     Returns:
         left, top, right, bottom in shares of the original, and the processed height and width in pixels.
     """
+    if getattr(image_processor, "do_pad", False) and hasattr(image_processor, "pad_to_square"):
+        side = max(width, height)
+        left, top, right, bottom, *out = _resized_and_cropped(image_processor, side, side)
+        x, y = (side - width) // 2, (side - height) // 2
+        return (
+            (left * side - x) / width,
+            (top * side - y) / height,
+            (right * side - x) / width,
+            (bottom * side - y) / height,
+            out[0],
+            out[1],
+        )
+    return _resized_and_cropped(image_processor, width, height)
+
+
+def _resized_and_cropped(
+    image_processor: Any, width: int, height: int
+) -> tuple[float, float, float, float, int, int]:
+    """:func:`resize_and_crop_box` of a processor that pads nothing beforehand."""
     size = dict(image_processor.size) if getattr(image_processor, "do_resize", True) else {}
     if size.get("shortest_edge"):
         # The processor's own rule: the longer edge loses its fraction.

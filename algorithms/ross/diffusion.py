@@ -67,9 +67,10 @@ class Objective:
     prediction_type: str | None = None
 
     def scheduler(self, timesteps: int) -> Any:
-        """A diffusers scheduler that samples what this objective learnt; its timesteps are indices into ``shares``.
+        """A diffusers scheduler that samples what this objective learnt.
 
-        DDIM (deterministic, few steps) for the diffusion objectives, Euler for flow matching.
+        DDIM (deterministic, few steps) for the diffusion objectives, Euler for flow matching. The head is told
+        :meth:`head_time` of its timesteps.
         """
         if self.prediction_type is None:
             raise UserError(f"objective '{self.name}' regresses the target: there is nothing to sample")
@@ -92,6 +93,15 @@ class Objective:
             set_alpha_to_one=True,
             timestep_spacing="trailing",
         )
+
+    def head_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Time that the head is told, an index into ``shares``, at a timestep of :meth:`scheduler`.
+
+        The flow-matching scheduler counts 1 .. T (with fractions), the others 0 .. T - 1.
+        """
+        if self.prediction_type == "flow":
+            timestep = (timestep.float() - 1).round().clamp(min=0)
+        return timestep.long()
 
 
 def _epsilon(z0: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

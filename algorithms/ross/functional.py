@@ -127,9 +127,12 @@ def decoded_loss(
 ) -> torch.Tensor:
     """Latent to pixel (ROSS-R): the head's latents through the target's frozen decoder against the picture, (P,).
 
-    Squared error of RGB in [-1, 1], mean over the pixels of a patch's cell.
+    Squared error of RGB in [-1, 1], mean over the pixels of a patch's cell. The decoder gets zeros for patches that
+    are not visible: it mixes neighbours, and nothing may be learnt there.
     """
     said = head(condition, views, None, None)[0]
+    if views.visible is not None:
+        said = torch.where(views.visible[:, None], said, 0.0)
     sizes = [rows * columns for rows, columns in grids]
     parts = said.split(sizes)
     errors: list[torch.Tensor | None] = [None] * len(sizes)

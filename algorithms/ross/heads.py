@@ -283,6 +283,10 @@ def make_head(
         return MLPHead(condition, dim, depth)
     if isinstance(width, str) and width != "scaled":
         raise UserError(f"algorithms.ross.width: '{width}': use a number, null (the paper's) or scaled")
+    if isinstance(width, int) and width < 1:
+        raise UserError(f"algorithms.ross.width: {width} is less than 1")
+    if mlp_ratio <= 0:
+        raise UserError(f"algorithms.ross.mlp_ratio: {mlp_ratio} is not positive")
     chosen = scaled_width(condition) if width == "scaled" else width or WIDTH_OF_DEPTH.get(depth, 1024)
     # The paper has 16 heads at width 1024; narrower ones keep the width of a head.
     heads = 16 if chosen in WIDTH_OF_DEPTH.values() else max(1, int(chosen) // HEAD_WIDTH)
