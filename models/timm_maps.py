@@ -16,13 +16,14 @@ HEAD = "head"
 """Name of the network's last map: behind a CNN's head convolution, behind a ViT's final norm."""
 
 
-def build(architecture: str, image_size: int, weights: str | Path | None = None) -> Any:
+def build(architecture: str, image_size: int | None, weights: str | Path | None = None, **create: Any) -> Any:
     """The network for pictures of one size, without its classifier.
 
     Args:
         architecture: timm's name.
-        image_size: height and width of a picture, in pixels.
+        image_size: height and width of a picture, in pixels; ``None``: the network's own.
         weights: ``None``: random; ``"timm"``: from timm's hub; a file in timm's names.
+        create: further arguments of ``timm.create_model``.
 
     Raises:
         UserError: no such network or file, weights that do not fit, or a network that cannot give its maps.
@@ -32,10 +33,12 @@ def build(architecture: str, image_size: int, weights: str | Path | None = None)
     if not timm.is_model(architecture):
         raise UserError(f"timm knows no network '{architecture}'{nearest(architecture, timm.list_models())}")
     from_file = weights not in (None, "timm")
-    sized = _has_input_size(architecture)
+    sized = image_size is not None and _has_input_size(architecture)
     size: dict[str, Any] = {"img_size": image_size} if sized and not from_file else {}
     try:
-        net: Any = timm.create_model(architecture, pretrained=weights == "timm", num_classes=0, **size)
+        net: Any = timm.create_model(
+            architecture, pretrained=weights == "timm", num_classes=0, **size, **create
+        )
     except Exception as error:  # hub, cache, names and shapes: a dozen kinds
         raise UserError(f"{architecture}: timm cannot build it: {error}") from error
     if from_file:

@@ -12,10 +12,12 @@ from rich.console import Console
 
 from .. import __version__
 from ..models.errors import UserError, user_error_in
+from .target_commands import target_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
 app.add_typer(data_app, name="data")
+target_commands(data_app)
 
 DEBUG = typer.Option("--debug", help="Show tracebacks of errors that you can mend, too.")
 _debug = False
