@@ -18,6 +18,7 @@ BENCHMARKS = {
     "step_speed": ["--profile"],
     "packing": [],
     "l2t_cost": [],
+    "ross_cost": [],
 }
 
 

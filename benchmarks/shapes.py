@@ -58,11 +58,11 @@ class Built:
         return VLMCollator(encoder, **options)
 
 
-def build(name: str, device: str = "cpu") -> Built:
-    """One of ``SHAPES``; the same weights every time."""
+def build(name: str, device: str = "cpu", image_size: int = IMAGE_SIZE) -> Built:
+    """One of ``SHAPES``; the same weights every time. ``image_size``: of ``smollm2-135m``, in pixels."""
     words = vocabulary(SCENES)
     if name == "smollm2-135m":
-        hf, processor = _smollm2(words)
+        hf, processor = _smollm2(words, image_size)
     elif name == "toy":
         hf, processor = tiny_llava(words)
     elif name == "toy-49k":
@@ -74,7 +74,7 @@ def build(name: str, device: str = "cpu") -> Built:
     return Built(name, hf.to(device).train(), processor, burst=1 if name == "smollm2-135m" else 4)
 
 
-def _smollm2(words: list[str]) -> tuple[Any, Any]:
+def _smollm2(words: list[str], image_size: int) -> tuple[Any, Any]:
     tokenizer: Any = word_tokenizer(words)
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -94,7 +94,7 @@ def _smollm2(words: list[str]) -> tuple[Any, Any]:
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=3,
-        image_size=IMAGE_SIZE,
+        image_size=image_size,
         patch_size=PATCH_SIZE,
     )
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +104,7 @@ def _smollm2(words: list[str]) -> tuple[Any, Any]:
             LlamaForCausalLM(text),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         )
-    return hf, llava_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE)
+    return hf, llava_processor(tokenizer, image_size, PATCH_SIZE)
 
 
 def text_batch(

@@ -43,6 +43,10 @@ def ignoring_the_condition(timesteps: int = TIMESTEPS) -> float:
     return float(cosine_alpha_bar(timesteps).mean())
 
 
+LARGEST_TOKEN = 5.0
+"""Bound of a sampled target's channels: targets are about standardised."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """One way of asking for the target.
@@ -89,7 +93,10 @@ class Objective:
             num_train_timesteps=timesteps,
             trained_betas=betas.tolist(),
             prediction_type=prediction,
-            clip_sample=False,
+            # At the noisiest times the guess of the clean target is a small difference divided by sqrt(alpha-bar),
+            # 5e-5 at the last one: errors of the head would be thrown far out of what targets are.
+            clip_sample=True,
+            clip_sample_range=LARGEST_TOKEN,
             set_alpha_to_one=True,
             timestep_spacing="trailing",
         )

@@ -54,12 +54,10 @@ def sample_tokens(
         return head(condition, views, None, None)[0]
     scheduler = objective.scheduler(timesteps)
     scheduler.set_timesteps(steps, device=noise.device)
-    first = 1 if objective.prediction_type == "flow" else 0  # diffusers numbers its noise shares from 1
     count = int(views.view[-1]) + 1
     tokens = noise
     for t in scheduler.timesteps:
-        index = (t.round().long() - first).clamp(min=0)
-        said = head(condition, views, tokens[None], index.expand(1, count))[0]
+        said = head(condition, views, tokens[None], objective.head_time(t).expand(1, count))[0]
         tokens = scheduler.step(said, t, tokens, return_dict=False)[0]
     return tokens
 
