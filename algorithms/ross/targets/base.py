@@ -94,7 +94,7 @@ class Target(ABC):
         found: list[torch.Tensor | None] = [None] * len(sized)
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, grid in enumerate(grids):
-            by_size.setdefault(tuple(grid), []).append(i)
+            by_size.setdefault((grid[0], grid[1]), []).append(i)
         for members in by_size.values():  # one call a size, not one a picture
             for start in range(0, len(members), self.pictures_at_once):
                 chunk = members[start : start + self.pictures_at_once]
