@@ -24,7 +24,8 @@ class FrozenTarget(Target):
     pictures_at_once = 8  # of an auto-encoder at 432 pixels: activations of a few GB
 
     def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
-        self.teacher = Teacher(module.to(dtype))
+        # (not diffusers' own `to`, which warns of modules that there are none of)
+        self.teacher = Teacher(nn.Module.to(module, dtype))
         self.dtype = dtype
 
     @property
