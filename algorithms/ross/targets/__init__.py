@@ -34,6 +34,8 @@ def check_target(
     spec: str | Mapping[str, Any], where: str = "algorithms.ross.target"
 ) -> tuple[type[Target], dict[str, Any]]:
     """Class and keywords of a target, looked up but not built; see :func:`make_target`."""
+    if not isinstance(spec, (str, Mapping)):
+        raise UserError(f"{where}: {spec}: use a name or a mapping with a name")
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in KINDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ....models.errors import UserError
 from .base import Target, fold, unfold
 
 
@@ -16,6 +17,8 @@ class PixelTarget(Target):
     """
 
     def __init__(self, cell: int = 16, antialias: bool = False):
+        if cell < 1:
+            raise UserError(f"algorithms.ross.target.cell: {cell} is less than 1")
         self.cell, self.antialias = cell, antialias
         self.dim = self.moments_dim = 3 * cell * cell
 
