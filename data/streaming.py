@@ -80,9 +80,9 @@ class StreamingVLMDataset(StreamingDataset):
         if algorithm is not None and algorithm not in algos:  # Streaming looks when an epoch starts
             raise UserError(f"dataset: shuffle_algo '{algorithm}': unknown{nearest(str(algorithm), algos)}")
         self.stream_names = list(named)
-        made = [open_stream(name, options, validate_hash) for name, options in named.items()]
+        self._opened = [open_stream(name, options, validate_hash) for name, options in named.items()]
         try:
-            super().__init__(streams=made, batch_size=batch_size, **kwargs)
+            super().__init__(streams=self._opened, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"dataset: {addresses(named)}: {first_line(error)}") from error
         self._epoch_now = 0
@@ -206,7 +206,7 @@ class StreamingVLMDataset(StreamingDataset):
             UserError: nothing says what they are, or streams have targets of different kinds.
         """
         found: list[tuple[str, PatchTargetsInfo]] = []
-        for i, (name, stream) in enumerate(zip(self.stream_names, self.streams, strict=True)):
+        for i, (name, stream) in enumerate(zip(self.stream_names, self._opened, strict=True)):
             info = stream.targets_info
             first = self.shards[int(self.shard_offset_per_stream[i])]
             if info is None and not self._without[i] and COLUMN in getattr(first, "column_names", ()):
@@ -223,7 +223,7 @@ class StreamingVLMDataset(StreamingDataset):
 
     def _drop_clients(self) -> None:
         """Close connections to object storage: sockets must not be shared by forked processes."""
-        for stream in [*self.streams, *(s.targets for s in self.streams if s.targets is not None)]:
+        for stream in [*self._opened, *(s.targets for s in self._opened if s.targets is not None)]:
             downloader = getattr(stream, "_downloader", None)
             if downloader is not None:
                 downloader.clean_up()

@@ -1,7 +1,7 @@
 """Registries by name, with descriptions and entry points: how another package adds to Opsin.
 
-A package registers under the entry-point groups ``opsin_algorithms``, ``opsin_models``, ``opsin_datasets``
-and ``opsin_evaluations``; Composer's own algorithms, callbacks, loggers, optimizers and schedulers are
+A package registers under the entry-point groups ``opsin_algorithms``, ``opsin_models``, ``opsin_datasets``,
+``opsin_evaluations`` and ``opsin_patch_targets``; Composer's own algorithms, callbacks, loggers, optimizers and schedulers are
 reachable by their snake-case names.
 """
 
@@ -149,9 +149,12 @@ datasets = Registry("datasets", "Data that `prepare:` makes when it is not there
 evaluations = Registry("evaluations", "What is measured of a trained model.", {
     "scorecard": "opsin.evaluation.scorecard:scorecard",
 })  # fmt: skip
+patch_targets = Registry("patch_targets", "What `opsin data latents` computes and stores for a method.", {
+    "ross": "opsin.algorithms.ross.targets:make_target",
+})  # fmt: skip
 callbacks = Registry("callbacks", "Composer's callbacks.", {}, _composer_callbacks)
 loggers = Registry("loggers", "Composer's loggers.", {}, _composer_loggers)
 optimizers = Registry("optimizers", "Optimizers of torch and Composer.", {}, _composer_optimizers)
 schedulers = Registry("schedulers", "Learning-rate schedules of Composer.", {}, _composer_schedulers)
 
-ALL = (algorithms, models, datasets, evaluations, callbacks, loggers, optimizers, schedulers)
+ALL = (algorithms, models, datasets, evaluations, patch_targets, callbacks, loggers, optimizers, schedulers)
