@@ -19,6 +19,7 @@ from ..models.attention import is_plain
 from ..models.geometry import PER_IMAGE_KEYS, PIXEL_KEY
 from ..models.layout import patch_index, predictors
 from ..models.normalise import DENOMINATORS, declare, declared, denominators
+from .patch_targets import COLUMN
 from .schema import IGNORE_INDEX, Role
 
 _PER_TOKEN = (
@@ -113,7 +114,8 @@ def split_batch(
         (B * L) hidden states, ``label_targets`` (n,), ``label_weights`` (n,), ``label_roles`` (n,),
         ``label_turns`` (n,), ``label_branches`` (n,), ``label_answer`` (n,) ordinal of the answer a token belongs to or -1,
         ``answers`` (int), ``patch_position``, ``patch_view``, ``patch_row``, ``patch_column`` (P,),
-        ``grids`` ((rows, columns) of each view, Python numbers), ``plain_attention`` (bool), ``tokens`` (int), ``denominators`` (dict of scalars).
+        ``grids`` ((rows, columns) of each view, Python numbers), ``plain_attention`` (bool), ``tokens`` (int),
+        ``denominators`` (dict of scalars). ``patch_targets``, where the batch has them, are those of the P patches.
     """
     samples = int(batch["sample_status"].numel())
     full = max(samples, device_batch_size or samples) if training else samples
@@ -132,6 +134,7 @@ def split_batch(
     first_view = torch.cat([torch.zeros(1, dtype=torch.int64), batch["views_per_row"].cumsum(0)])
     first_image = torch.cat([torch.zeros(1, dtype=torch.int64), batch["images_per_row"].cumsum(0)])
     first_pixel = torch.cat([torch.zeros(1, dtype=torch.int64), batch["pixel_rows"].cumsum(0)])
+    first_patch = torch.cat([torch.zeros(1, dtype=torch.int64), batch["view_grid"].prod(1).cumsum(0)])
     per_row = [*_PER_TOKEN, *_PER_ROW, *_added(batch)]
     micro = []
     for start, end in pairwise(starts):
@@ -141,6 +144,8 @@ def split_batch(
         view = slice(int(first_view[start]), int(first_view[end]))
         part.update({key: batch[key][view] for key in _PER_VIEW})
         part["view_row"] = batch["view_row"][view] - start
+        if COLUMN in batch:
+            part[COLUMN] = batch[COLUMN][int(first_patch[view.start]) : int(first_patch[view.stop])]
         image = slice(int(first_image[start]), int(first_image[end]))
         if image.stop > image.start:
             pixel = slice(int(first_pixel[image.start]), int(first_pixel[image.stop]))

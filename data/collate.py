@@ -31,6 +31,8 @@ views_per_row        (B,) int64              views in each row
 images_per_row       (B,) int64              images in each row
 pixel_rows           (I,) int64              rows of ``pixel_values`` of each image
 pixel_values, ...    family's own            one entry an image (or patch), in order of appearance
+patch_targets        (P, M) bfloat16         stored targets of the P patches of all views, view by view, row by
+                                             row; only where the dataset has them, absent without pictures
 sample_status        (N,) int8               encode.Status of each sample; blank ones keep their place
 truncated_turns      (N,) int64              exchanges of each sample that did not fit and were left out
 ===================  ======================  ===========================================================
@@ -50,6 +52,7 @@ from ..models.errors import UserError
 from ..models.geometry import EncodedImage
 from .encode import ConversationEncoder, Document, Rejected, Status
 from .packing import first_fit_decreasing
+from .patch_targets import COLUMN, stacked
 from .schema import IGNORE_INDEX, Role
 
 
@@ -177,6 +180,9 @@ class VLMCollator:
         out["pixel_rows"] = np.array([i.pixel_rows for i in images], np.int64)
         batch = {key: torch.from_numpy(value) for key, value in out.items()}
         batch.update(self.encoder.images.stack(images))
+        targets = stacked(images)
+        if targets is not None:
+            batch[COLUMN] = targets
         return batch
 
     def _note(self, sample: Mapping[str, Any], status: Status, detail: str) -> None:

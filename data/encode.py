@@ -18,6 +18,7 @@ from PIL import Image
 from ..models.errors import UserError
 from ..models.geometry import EncodedImage, ImageEncoder
 from .chat import BadConversation, ChatTemplate, Segment, asked_alone, exchanges, render
+from .patch_targets import attach
 from .schema import IMAGE_MARK, Role, stable_hash, unpack_images
 from .sentences import sentence_id, split_sentences
 
@@ -149,6 +150,7 @@ class ConversationEncoder:
 
         Raises:
             Rejected: the sample cannot be used; ``status`` and ``detail`` say why.
+            UserError: its stored targets are not those of its pictures and this model.
         """
         try:
             system, pairs = exchanges(sample["conversations"])
@@ -212,6 +214,7 @@ class ConversationEncoder:
                     images.append(self.images.encode(picture.convert("RGB")))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise Rejected(Status.UNREADABLE_IMAGE, f"picture {i}: {error}") from error
+        attach(sample, encoded, images)
         return images
 
     def _chained(

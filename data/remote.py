@@ -14,6 +14,7 @@ from streaming.base.storage import CloudDownloader
 
 from ..models.errors import UserError, nearest
 from ..models.packaged import cache_folder
+from .patch_targets import DESCRIPTION, PatchTargetsInfo
 from .schema import HASHES, stable_hash
 from .sentences import SIDECAR, SentenceCounts, dataset_hash
 
@@ -110,6 +111,33 @@ def read_sentence_counts(stream: Stream) -> SentenceCounts | None:
             f"dataset: {SIDECAR} of {address} was made for other shards; make it anew with `opsin data templates {address}`"
         )
     return counts
+
+
+def read_description(stream: Stream) -> PatchTargetsInfo:
+    """What the stored targets in a stream's shards are, from the file beside its index.
+
+    Raises:
+        UserError: there is no such file, or it is that of other shards.
+    """
+    folder, address = Path(stream.local) / stream.split, stream.remote or stream.local
+    with tempfile.TemporaryDirectory() as temporary:
+        file = folder / DESCRIPTION
+        if stream.remote is not None:
+            file = Path(temporary) / DESCRIPTION
+            fetch(stream.remote, DESCRIPTION, file, stream.split)
+        try:
+            info = PatchTargetsInfo.load(file)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"dataset: no {DESCRIPTION} in '{address}'; make it with `opsin data latents`"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"dataset: {error}") from error
+    if info.index != dataset_hash((folder / "index.json").read_bytes()):
+        raise UserError(
+            f"dataset: {DESCRIPTION} of {address} was made for other shards; make them anew with `opsin data latents`"
+        )
+    return info
 
 
 def first_line(error: BaseException | None) -> str:

@@ -13,6 +13,8 @@ column                    type     meaning
 ``images``                bytes    :func:`pack_images`: 0..n encoded pictures, in order of their marks
 ``meta``                  json     free: question kinds, split, source ...; Opsin reads ``turns`` and
                                    ``kinds`` when they are there (see ``data/encode.py``)
+``patch_targets``         bytes    optional, here or in a dataset of its own beside this one: targets of each
+                                   patch of each picture (``data/patch_targets.py``)
 ========================  =======  =====================================================================
 """
 

@@ -5,10 +5,36 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from ..models.errors import UserError
 from .schema import COLUMNS, HASHES, unpack_images
 from .sentences import SentenceCounts
+
+
+def refuse_local(folder: Path) -> None:
+    """Refuse to write where something is already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not an empty folder; choose another one, or remove it")
+
+
+def refuse_remote(out: str, local: str) -> Any:
+    """Uploader from ``local`` to ``out``, after a look whether something is there already."""
+    from streaming.base.storage.upload import CloudUploader
+
+    try:
+        uploader = CloudUploader.get((local, out), keep_local=True)
+        there = uploader.list_objects()
+    except NotImplementedError:  # some stores cannot list; then what is there is overwritten file by file
+        return uploader
+    except Exception as error:  # every store has its own errors
+        raise UserError(
+            f"{out}: cannot be reached ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    if there:
+        raise UserError(f"{out}: not empty ({there[0]} ...); choose another folder, or remove it")
+    return uploader
 
 
 def write_shards(

@@ -15,43 +15,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from streaming import Stream, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.shuffle import algos
 from torch.utils.data import get_worker_info
 
 from ..models.errors import UserError, nearest
-from .remote import cached, first_line, read_sentence_counts, shard_hash
+from .patch_targets import COLUMN, PatchTargetsInfo
+from .remote import first_line, read_description, read_sentence_counts
 from .schema import stable_hash
 from .sentences import SentenceCounts
+from .streams import IGNORE, SafeStream, addresses, open_stream
 
-
-class SafeStream(Stream):
-    """A stream whose bad shards never stay in the cache."""
-
-    def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
-        for attempt in range(2):
-            try:
-                return super()._prepare_shard_part(raw_info, zip_info, compression)
-            except Exception:
-                if self.remote is not None:
-                    for info in (raw_info, zip_info):
-                        if info is not None:
-                            (Path(self.local) / self.split / info.basename).unlink(missing_ok=True)
-                if attempt or self.remote is None:
-                    raise
-        raise AssertionError("unreachable")
+__all__ = ["SafeStream", "StreamingVLMDataset"]
 
 
 class StreamingVLMDataset(StreamingDataset):
     """Samples of ``schema.COLUMNS`` from one or several named streams.
 
     Each sample also carries ``uid`` (stable, 1 .. 2**63 - 1), ``visit`` (how often it was served before) and
-    ``stream`` (name).
+    ``stream`` (name), and ``patch_targets`` where they are stored; ``patch_targets_info`` says what they are.
 
     Args:
         streams: name -> arguments of :class:`SafeStream` (``remote``, ``local``, ``proportion`` ...), or a
@@ -61,6 +47,9 @@ class StreamingVLMDataset(StreamingDataset):
             remote that is a local folder is read in place.
         batch_size: samples a device batch (Streaming deals samples to ranks by it).
         validate_hash: hash checked for every downloaded shard; ``auto``: the fastest that was written.
+        patch_targets: for ``remote``: folder or URL of its stored targets, where they are a dataset of their own
+            (``opsin data latents --sidecar``); streams name theirs under the same key. ``ignore``: leave a
+            dataset's own column out.
         kwargs: further arguments of ``streaming.StreamingDataset``.
 
     Raises:
@@ -75,29 +64,41 @@ class StreamingVLMDataset(StreamingDataset):
         local: str | None = None,
         batch_size: int,
         validate_hash: str | None = "auto",
+        patch_targets: str | None = None,
         **kwargs: Any,
     ):
         if bool(streams) == bool(remote):
             raise UserError("dataset: give either remote or streams")
         named: dict[str, Mapping[str, Any]] = dict(streams or {"default": {"remote": remote, "local": local}})
+        if patch_targets is not None:
+            if len(named) > 1 and patch_targets != IGNORE:
+                raise UserError(
+                    f"dataset: {COLUMN}: several streams each name their own: streams.NAME.{COLUMN}"
+                )
+            named = {name: {COLUMN: patch_targets, **options} for name, options in named.items()}
         algorithm = kwargs.get("shuffle_algo")
         if algorithm is not None and algorithm not in algos:  # Streaming looks when an epoch starts
             raise UserError(f"dataset: shuffle_algo '{algorithm}': unknown{nearest(str(algorithm), algos)}")
         self.stream_names = list(named)
-        made = [_stream(name, options, validate_hash) for name, options in named.items()]
+        self._opened = [open_stream(name, options, validate_hash) for name, options in named.items()]
         try:
-            super().__init__(streams=made, batch_size=batch_size, **kwargs)
+            super().__init__(streams=self._opened, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"dataset: {_addresses(named)}: {first_line(error)}") from error
+            raise UserError(f"dataset: {addresses(named)}: {first_line(error)}") from error
         self._epoch_now = 0
         self._failure: BaseException | None = None
+        self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
+        self.patch_targets_info = self._describe()
         self._drop_clients()
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         """One stored sample, with ``uid``, ``visit`` and ``stream``."""
         sample = super().__getitem__(at)
         shard, _ = self.spanner[at]
-        name = self.stream_names[int(self.stream_per_shard[shard])]
+        stream = int(self.stream_per_shard[shard])
+        name = self.stream_names[stream]
+        if self._without[stream]:
+            sample.pop(COLUMN, None)
         sample["uid"] = stable_hash("sample", name, sample["id"])
         sample["visit"] = self._epoch_now
         sample["stream"] = name
@@ -198,45 +199,31 @@ class StreamingVLMDataset(StreamingDataset):
         self._epoch_now = int(epoch)
         return epoch, sample
 
+    def _describe(self) -> PatchTargetsInfo | None:
+        """What the stored targets of all streams are; None where there are none.
+
+        Raises:
+            UserError: nothing says what they are, or streams have targets of different kinds.
+        """
+        found: list[tuple[str, PatchTargetsInfo]] = []
+        for i, (name, stream) in enumerate(zip(self.stream_names, self._opened, strict=True)):
+            info = stream.targets_info
+            first = self.shards[int(self.shard_offset_per_stream[i])]
+            if info is None and not self._without[i] and COLUMN in getattr(first, "column_names", ()):
+                info = read_description(stream)
+            if info is not None:
+                found.append((name, info))
+        for name, info in found[1:]:
+            if info.kind != found[0][1].kind:
+                raise UserError(
+                    f"dataset: streams '{found[0][0]}' and '{name}' have stored {COLUMN} of different kinds: "
+                    f"{found[0][1].kind} and {info.kind}"
+                )
+        return found[0][1] if found else None
+
     def _drop_clients(self) -> None:
         """Close connections to object storage: sockets must not be shared by forked processes."""
-        for stream in self.streams:
+        for stream in [*self._opened, *(s.targets for s in self._opened if s.targets is not None)]:
             downloader = getattr(stream, "_downloader", None)
             if downloader is not None:
                 downloader.clean_up()
-
-
-def _stream(name: str, options: Mapping[str, Any], validate_hash: str | None) -> SafeStream:
-    options = {k: v for k, v in options.items() if v is not None}
-    known = (
-        "remote",
-        "local",
-        "split",
-        "proportion",
-        "repeat",
-        "choose",
-        "download_retry",
-        "download_timeout",
-        "keep_zip",
-    )
-    for key in options:
-        if key not in known:
-            raise UserError(f"dataset.streams.{name}.{key}: unknown key{nearest(key, known)}")
-    remote = options.get("remote")
-    if not remote:
-        raise UserError(f"dataset.streams.{name}: needs remote: a folder or a URL")
-    if "://" not in remote:
-        index = Path(remote) / options.get("split", "") / "index.json"
-        if not index.is_file():
-            raise UserError(
-                f"dataset: no MDS dataset at '{remote}' (no {index.name}); make one with `opsin data ...`"
-            )
-        options["local"] = options.pop("remote")
-    else:
-        options["local"] = str(cached(remote, options.get("split", ""), options.get("local")))
-    algorithm = shard_hash(options, validate_hash)
-    return SafeStream(validate_hash=algorithm, **options)
-
-
-def _addresses(named: Mapping[str, Mapping[str, Any]]) -> str:
-    return ", ".join(str(options.get("remote") or options.get("local")) for options in named.values())

@@ -28,6 +28,14 @@ def user_error_in(error: BaseException | None) -> UserError | None:
     return None
 
 
+def one_line(error: UserError) -> str:
+    """The line of an error; a DataLoader hands one from its workers on with their traceback as text."""
+    text = str(error)
+    if "\nOriginal Traceback" in text:
+        text = text.rpartition(f"{UserError.__name__}: ")[2].strip().partition("\n")[0]
+    return text
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Hint that names the closest valid name: ``"; did you mean 'l2t'?"``, else the list of what there is."""
     known = sorted(known)

@@ -152,6 +152,22 @@ def load_model(
     return model
 
 
+def load_processor(source: str | Path) -> tuple[Any, Any]:
+    """Processor and configuration of a Hugging Face folder or hub name: how it sees pictures, without weights.
+
+    Raises:
+        UserError: they cannot be loaded from there.
+    """
+    from . import towers as towers  # our own tower class, if a configuration names it
+
+    try:
+        return AutoProcessor.from_pretrained(str(source)), AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load a processor and its configuration from '{source}': {str(error).splitlines()[0]}"
+        ) from error
+
+
 def split_heads(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors of ``auxiliary`` by method."""
     heads: dict[str, dict[str, torch.Tensor]] = {}

@@ -8,7 +8,7 @@ to know which token shows which part of the picture reads views and nothing else
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,7 @@ class EncodedImage:
         pixels: the family's own tensors for this picture; ``pixel_values`` has ``pixel_rows`` rows, every
             other key one row.
         size: (height, width) of the original picture in pixels.
+        patch_targets: (patches of all views, M) bfloat16, stored beside the picture; None: nothing was.
     """
 
     token_ids: np.ndarray
@@ -65,6 +66,7 @@ class EncodedImage:
     pixels: dict[str, torch.Tensor]
     size: tuple[int, int]
     pixel_rows: int = field(default=1)
+    patch_targets: torch.Tensor | None = None
 
 
 class ImageEncoder(ABC):
@@ -100,6 +102,49 @@ class ImageEncoder(ABC):
             image_of_token: (n,) ordinal of the picture each token belongs to, -1 for text.
         """
         return np.arange(len(image_of_token), dtype=np.int64)
+
+
+_DECIDES = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+}
+"""Switch of an image processor -> what it makes use of."""
+_GRID = ("image_grid_pinpoints", "patch_size", "merge_size", "temporal_patch_size")
+
+
+def geometry_id(images: ImageEncoder) -> str:
+    """What decides which pixels each patch of a picture shows, as ``family; key=value; ...``.
+
+    Two models with equal text cut every picture into the same views of the same pixels; mean and standard
+    deviation do not matter. The text survives saving and loading, and is the same on transformers 4 and 5 and
+    for both kinds of image processor (whose resizing differs by rounding).
+    """
+    config, processor = images.config, images.processor
+    vision, pictures = getattr(config, "vision_config", None), processor.image_processor
+    found: dict[str, str] = {}
+    for switch, names in _DECIDES.items():
+        if getattr(pictures, switch, None):
+            found.update({name: _text(getattr(pictures, name, None)) for name in names})
+    found.update({name: _text(getattr(pictures, name, None)) for name in _GRID})
+    found["tower"] = _text([getattr(vision, name, None) for name in ("image_size", "patch_size")])
+    found["merge"] = _text(getattr(vision, "spatial_merge_size", None))
+    found["patch"] = _text(getattr(processor, "patch_size", None))
+    return "; ".join([config.model_type, *(f"{k}={v}" for k, v in sorted(found.items()) if v)])
+
+
+def _text(value: Any) -> str:
+    """A setting in one way of writing, whatever its class is in this version of transformers; empty: not set."""
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_text, value)) + "]" if any(v is not None for v in value) else ""
+    if isinstance(value, int):  # an enumeration's member, too
+        return str(int(value))
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        sides = {str(k): v for k, v in dict(value).items() if v is not None}
+        return "{" + ",".join(f"{k}:{_text(v)}" for k, v in sorted(sides.items())) + "}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def image_token_id(config: Any) -> int:

@@ -11,13 +11,11 @@ import typer
 from rich.console import Console
 
 from .. import __version__
-from ..models.errors import UserError, user_error_in
-from .target_commands import target_commands
+from ..models.errors import UserError, one_line, user_error_in
+from .data_app import data_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
 app.add_typer(data_app, name="data")
-target_commands(data_app)
 
 DEBUG = typer.Option("--debug", help="Show tracebacks of errors that you can mend, too.")
 _debug = False
@@ -53,7 +51,7 @@ def main() -> None:
 def _report(error: UserError) -> None:
     if _debug:
         raise error
-    print(f"opsin: {error}", file=sys.stderr, flush=True)
+    print(f"opsin: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -225,88 +223,6 @@ def version() -> None:
             print(f"{package} {installed(package)}")
         except PackageNotFoundError:
             print(f"{package} not installed")
-
-
-@data_app.command("scenes")
-def data_scenes(
-    out: Annotated[str, typer.Option(help="New folder, or s3://bucket/folder.")],
-    samples: Annotated[int, typer.Option(help="How many.")] = 1000,
-    split: Annotated[str, typer.Option()] = "train",
-    stream: Annotated[str, typer.Option(help="vqa, caption, text, text_caption, text_skill")] = "vqa",
-    seed: Annotated[int, typer.Option()] = 17,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of data.scenes.SceneConfig.")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 0,
-) -> None:
-    """Procedural scenes with exact facts."""
-    from .data_commands import scenes
-
-    scenes(out, samples, split, stream, seed, set_ or [], workers)
-
-
-@data_app.command("easy-vqa")
-def data_easy_vqa(
-    out: Annotated[str, typer.Option(help="New folder.")],
-    split: Annotated[str, typer.Option(help="train or test")] = "train",
-    limit: Annotated[int | None, typer.Option(help="Most samples.")] = None,
-    yesno: Annotated[int | None, typer.Option(help="Most yes/no questions a picture.")] = None,
-) -> None:
-    """The pictures and questions of the easy-vqa package (opsin[real])."""
-    from ..data.convert.easy_vqa import write
-
-    written = write(out, split, limit=limit, yesno=yesno)
-    print(f"{written} samples in {out}")
-
-
-@data_app.command("templates")
-def data_templates(
-    remote: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
-    top: Annotated[int, typer.Option(help="Sentences to show.")] = 30,
-) -> None:
-    """Count the instruction sentences of a dataset, and write the counts beside its index."""
-    from .data_commands import templates
-
-    templates(remote, top, Console())
-
-
-@data_app.command("inspect")
-def data_inspect(
-    remote: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
-    samples: Annotated[int, typer.Option(help="Samples to show.")] = 3,
-) -> None:
-    """Show what is in a dataset: sizes, kinds, first samples, frequent sentences."""
-    from .data_commands import inspect
-
-    inspect(remote, samples, Console())
-
-
-@data_app.command("language-model")
-def data_language_model(
-    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 1500,
-    seed: Annotated[int, typer.Option()] = 0,
-) -> None:
-    """Train the language model of scenes_llava on text alone (how the shipped weights were made)."""
-    from .pretrain import train_language_model
-    from .run_folder import refuse_unwritable
-
-    refuse_unwritable(out.parent, f"--out {out}")  # before minutes of training
-    train_language_model(out, steps=steps, seed=seed, console=Console(stderr=True))
-
-
-@data_app.command("vision-tower")
-def data_vision_tower(
-    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 4000,
-    seed: Annotated[int, typer.Option()] = 0,
-) -> None:
-    """Train the vision tower of scenes_llava as a captioner's (how the shipped weights were made)."""
-    from .pretrain import train_vision_tower
-    from .run_folder import refuse_unwritable
-
-    refuse_unwritable(out.parent, f"--out {out}")
-    train_vision_tower(out, steps=steps, seed=seed, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

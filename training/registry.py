@@ -1,7 +1,7 @@
 """Registries by name, with descriptions and entry points: how another package adds to Opsin.
 
-A package registers under the entry-point groups ``opsin_algorithms``, ``opsin_models``, ``opsin_datasets``
-and ``opsin_evaluations``; Composer's own algorithms, callbacks, loggers, optimizers and schedulers are
+A package registers under the entry-point groups ``opsin_algorithms``, ``opsin_models``, ``opsin_datasets``,
+``opsin_evaluations`` and ``opsin_patch_targets``; Composer's own algorithms, callbacks, loggers, optimizers and schedulers are
 reachable by their snake-case names.
 """
 
@@ -161,8 +161,11 @@ callbacks = Registry(
     {"ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures"},
     _composer_callbacks,
 )
+patch_targets = Registry("patch_targets", "What `opsin data latents` computes and stores for a method.", {
+    "ross": "opsin.algorithms.ross.targets:make_target",
+})  # fmt: skip
 loggers = Registry("loggers", "Composer's loggers.", {}, _composer_loggers)
 optimizers = Registry("optimizers", "Optimizers of torch and Composer.", {}, _composer_optimizers)
 schedulers = Registry("schedulers", "Learning-rate schedules of Composer.", {}, _composer_schedulers)
 
-ALL = (algorithms, models, datasets, evaluations, callbacks, loggers, optimizers, schedulers)
+ALL = (algorithms, models, datasets, evaluations, patch_targets, callbacks, loggers, optimizers, schedulers)

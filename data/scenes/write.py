@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 
 from ...models.errors import UserError
 from ..sentences import SIDECAR, SentenceCounts, dataset_hash
-from ..shards import write_shards
+from ..shards import refuse_local, refuse_remote, write_shards
 from .config import SceneConfig
 from .language import template_sentences
 from .records import sample
@@ -68,7 +68,7 @@ def write(
     sample(config, seed, split, 0, stream)  # a wrong name or an impossible setting ends here
     remote = urlparse(str(out)).scheme != ""
     with tempfile.TemporaryDirectory() as beside:
-        uploader = _refuse_remote(str(out), beside) if remote else _refuse_local(Path(out).expanduser())
+        uploader = refuse_remote(str(out), beside) if remote else refuse_local(Path(out).expanduser())
         counts, index = write_shards(
             str(out) if remote else str(Path(out).expanduser()),
             _records(config, seed, split, stream, samples, workers),
@@ -83,29 +83,6 @@ def write(
             counts.save(Path(beside) / SIDECAR)
             uploader.upload_file(SIDECAR)
     return counts
-
-
-def _refuse_local(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: not an empty folder; choose another one, or remove it")
-
-
-def _refuse_remote(out: str, local: str) -> Any:
-    """Uploader from ``local`` to ``out``, after a look whether something is there already."""
-    from streaming.base.storage.upload import CloudUploader
-
-    try:
-        uploader = CloudUploader.get((local, out), keep_local=True)
-        there = uploader.list_objects()
-    except NotImplementedError:  # some stores cannot list; then what is there is overwritten file by file
-        return uploader
-    except Exception as error:  # every store has its own errors
-        raise UserError(
-            f"{out}: cannot be reached ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-    if there:
-        raise UserError(f"{out}: not empty ({there[0]} ...); choose another folder, or remove it")
-    return uploader
 
 
 def _batch(

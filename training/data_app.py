@@ -1,0 +1,121 @@
+"""``opsin data ...``: the commands' arguments; what they do is in ``data_commands`` and ``latents``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .target_commands import target_commands
+
+data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
+target_commands(data_app)
+
+
+@data_app.command("scenes")
+def data_scenes(
+    out: Annotated[str, typer.Option(help="New folder, or s3://bucket/folder.")],
+    samples: Annotated[int, typer.Option(help="How many.")] = 1000,
+    split: Annotated[str, typer.Option()] = "train",
+    stream: Annotated[str, typer.Option(help="vqa, caption, text, text_caption, text_skill")] = "vqa",
+    seed: Annotated[int, typer.Option()] = 17,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of data.scenes.SceneConfig.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 0,
+) -> None:
+    """Procedural scenes with exact facts."""
+    from .data_commands import scenes
+
+    scenes(out, samples, split, stream, seed, set_ or [], workers)
+
+
+@data_app.command("easy-vqa")
+def data_easy_vqa(
+    out: Annotated[str, typer.Option(help="New folder.")],
+    split: Annotated[str, typer.Option(help="train or test")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Most samples.")] = None,
+    yesno: Annotated[int | None, typer.Option(help="Most yes/no questions a picture.")] = None,
+) -> None:
+    """The pictures and questions of the easy-vqa package (opsin[real])."""
+    from ..data.convert.easy_vqa import write
+
+    written = write(out, split, limit=limit, yesno=yesno)
+    print(f"{written} samples in {out}")
+
+
+@data_app.command("templates")
+def data_templates(
+    remote: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
+    top: Annotated[int, typer.Option(help="Sentences to show.")] = 30,
+) -> None:
+    """Count the instruction sentences of a dataset, and write the counts beside its index."""
+    from .data_commands import templates
+
+    templates(remote, top, Console())
+
+
+@data_app.command("inspect")
+def data_inspect(
+    remote: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
+    samples: Annotated[int, typer.Option(help="Samples to show.")] = 3,
+) -> None:
+    """Show what is in a dataset: sizes, kinds, first samples, frequent sentences."""
+    from .data_commands import inspect
+
+    inspect(remote, samples, Console())
+
+
+@data_app.command("language-model")
+def data_language_model(
+    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train the language model of scenes_llava on text alone (how the shipped weights were made)."""
+    from .pretrain import train_language_model
+    from .run_folder import refuse_unwritable
+
+    refuse_unwritable(out.parent, f"--out {out}")  # before minutes of training
+    train_language_model(out, steps=steps, seed=seed, console=Console(stderr=True))
+
+
+@data_app.command("vision-tower")
+def data_vision_tower(
+    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    steps: Annotated[int, typer.Option(min=1)] = 4000,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train the vision tower of scenes_llava as a captioner's (how the shipped weights were made)."""
+    from .pretrain import train_vision_tower
+    from .run_folder import refuse_unwritable
+
+    refuse_unwritable(out.parent, f"--out {out}")
+    train_vision_tower(out, steps=steps, seed=seed, console=Console(stderr=True))
+
+
+@data_app.command("latents")
+def data_latents(
+    source: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
+    out: Annotated[str, typer.Argument(help="New folder, or s3://bucket/folder. The same command goes on.")],
+    model: Annotated[
+        str, typer.Option(help="Whose patches: run folder, model folder, hub name, or scenes_llava.")
+    ],
+    method: Annotated[str, typer.Option(help="Whose targets: see `opsin registry patch_targets`.")] = "ross",
+    target: Annotated[str, typer.Option(help="Kind of target.")] = "vae",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the target.")] = None,
+    sidecar: Annotated[
+        bool, typer.Option("--sidecar", help="Targets alone, for dataset.patch_targets; no copy of the rows.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; default: a GPU if there is one.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
+) -> None:
+    """Compute what a method predicts of each patch once, and store it beside the pictures or in them."""
+    from .latents import latents
+
+    latents(
+        source, out, model, method=method, target=target, settings=set_ or [], sidecar=sidecar, device=device,
+        threads=threads, console=Console(),
+    )  # fmt: skip
