@@ -42,10 +42,13 @@ class ConditionCurve:
     loss: dict[str, np.ndarray]
     ignoring: np.ndarray | None
 
+    def gains(self) -> np.ndarray:
+        """Condition gain of each view, mean over times: (n,)."""
+        return (self.loss["another"] - self.loss["right"]).mean(1)
+
     def gain(self) -> tuple[float, float]:
-        """Another's minus right, mean over times and views, and half of its 95 % interval (normal, over views)."""
-        difference = (self.loss["another"] - self.loss["right"]).mean(1)
-        return float(difference.mean()), float(1.96 * difference.std(ddof=1) / len(difference) ** 0.5)
+        """Condition gain, and half of its 95 % interval over views."""
+        return mean_and_half(self.gains())
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -59,6 +62,11 @@ class ConditionCurve:
             "condition_gain": gain,
             "condition_gain_95": half,
         }
+
+
+def mean_and_half(values: np.ndarray) -> tuple[float, float]:
+    """Mean of n values and half of its 95 % interval (normal)."""
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
 
 
 @torch.no_grad()
@@ -92,7 +100,7 @@ def condition_curve(
         wanted = ross.targets(model, batch, views, key)
         noise = draw_noise(key, views, len(at), target.dim, ross.timesteps).noise
         draws = Draws(at.to(device)[:, None].expand(-1, len(grids)), noise)
-        source, used = _others(grids)
+        source, used = others(grids)
         given = {"right": right, "another": right[source.to(device)], "zero": torch.zeros_like(right)}
         for name, condition in given.items():
             losses = token_losses(head, condition, wanted, views, objective, draws, shares.float().to(device))
@@ -106,7 +114,7 @@ def condition_curve(
     return ConditionCurve(at.numpy(), {n: np.concatenate(v) for n, v in found.items()}, ignoring)
 
 
-def _others(grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, np.ndarray]:
+def others(grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, np.ndarray]:
     """For each patch the same patch of the next view with the same grid; and which views have such a one, (V,)."""
     sizes = [r * c for r, c in grids]
     starts = np.concatenate([[0], np.cumsum(sizes)])

@@ -165,15 +165,27 @@ def evaluate(
 def reconstruct(
     run: Annotated[str, typer.Argument(help="Run folder; its last stage was trained with ross.")],
     remote: Annotated[str | None, typer.Option(help="Held-out pictures instead of the run's own.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="A second run, measured on the same pictures and noise.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="Pictures to measure on.")] = 256,
     times: Annotated[int, typer.Option(help="Times at which the loss is measured.")] = 10,
-    pictures: Annotated[int, typer.Option(help="Rows of the strip.")] = 6,
+    pictures: Annotated[int, typer.Option(help="Rows of the strip; 0: none.")] = 6,
     steps: Annotated[int, typer.Option(help="Steps of a reconstruction.")] = 50,
 ) -> None:
     """ROSS: its loss with the right condition, another picture's and none; and reconstructions to look at."""
     from .reconstruct import reconstruct_run
 
-    reconstruct_run(Path(run), remote, limit, times, pictures, steps, Console())
+    reconstruct_run(
+        Path(run),
+        remote,
+        against=against,
+        limit=limit,
+        times=times,
+        pictures=pictures,
+        steps=steps,
+        console=Console(),
+    )
 
 
 @app.command()

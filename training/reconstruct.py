@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -17,54 +19,112 @@ from ..algorithms.ross.ross import ROSS
 from ..algorithms.ross.sampling import conditions, reconstruct, strip, targets_shown
 from ..algorithms.ross.targets import Target
 from ..data.batch import split_batch, to_device
+from ..data.collate import VLMCollator
 from ..data.streaming import StreamingVLMDataset
-from ..evaluation.condition_gain import CONDITIONS, ConditionCurve, condition_curve
+from ..evaluation.condition_gain import (
+    CONDITIONS,
+    ConditionCurve,
+    condition_curve,
+    mean_and_half,
+    others,
+)
 from ..models.errors import UserError
 from ..models.export import load_model
 from ..models.vlm import VisionLanguageModel
 from .builders import algorithms_of_stage
+from .config import Loaded
 from .finished import open_run
-from .run_folder import write_atomically
+from .run_folder import RunFolder, write_atomically
 from .schema import DatasetConfig
 from .scoring import with_dataset
 from .stage_data import build_collator
+from .stages import Stage
 
 BATCH = 32
-"""Pictures looked at together; each one's "another" is taken from the same batch."""
+"""Pictures looked at together; each one's other picture is the next of the same batch."""
+
+
+@dataclass
+class Opened:
+    """A finished run with its head of ROSS, and how it encodes samples."""
+
+    folder: RunFolder
+    loaded: Loaded
+    stage: Stage
+    model: VisionLanguageModel
+    ross: ROSS
+    collator: VLMCollator
 
 
 def reconstruct_run(
-    path: Path, remote: str | None, limit: int, times: int, pictures: int, steps: int, console: Console
+    path: Path,
+    remote: str | None,
+    *,
+    against: Path | None = None,
+    limit: int = 256,
+    times: int = 10,
+    pictures: int = 6,
+    steps: int = 50,
+    console: Console,
 ) -> ConditionCurve:
     """Measure the condition curve, print it, and write ``ross.json`` and ``ross.png`` into the run's folder.
 
     Args:
         path: folder of a finished run.
         remote: dataset with held-out pictures; None: the run's evaluation data.
+        against: another run (a control, such as ``detach: true``) that is measured on the same pictures and noise.
         limit: pictures to measure on.
         times: at how many times, evenly spread.
-        pictures: rows of the strip.
+        pictures: rows of the strip; 0: no strip.
         steps: evaluations of the denoiser a reconstruction.
+        console: for the tables.
 
     Raises:
-        UserError: the run has no ROSS in its last stage, or no data to look at.
+        UserError: a run has no ROSS in its last stage, or there is no data to look at.
     """
+    least = {"--limit": (limit, 2), "--times": (times, 1), "--pictures": (pictures, 0), "--steps": (steps, 1)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise UserError(f"{name} {value}: use {smallest} or more")
+    one = _open(path)
+    evaluation = one.loaded.run.evaluation
+    if remote is None and evaluation is None:
+        raise UserError(f"{path}: the run names no evaluation data; give --remote FOLDER")
+    source = evaluation.dataset if remote is None and evaluation is not None else DatasetConfig(remote=remote)
+    source = replace(source, shuffle=False)
+    samples = with_dataset(source, one.loaded.run.seed, lambda data: list(islice(_distinct(data), limit)))
+    if len(samples) < 2:
+        raise UserError(f"{source.remote}: needs two different pictures or more")
+    curve = _measure(one, samples, times)
+    _print(console, one.loaded.run.run_name, curve)
+    record = {
+        "run": one.loaded.run.run_name,
+        "stage": one.stage.name,
+        "data": source.remote,
+        **curve.as_dict(),
+    }
+    if against is not None:
+        other = _open(against)
+        second = _measure(other, samples, times)
+        _print(console, other.loaded.run.run_name, second)
+        difference, half = mean_and_half(curve.gains() - second.gains())
+        console.print(
+            f"difference of the condition gains: {difference:.4f} +- {half:.4f} (95 %, paired by view)"
+        )
+        record["against"] = {"run": other.loaded.run.run_name, **second.as_dict()}
+        record["difference"], record["difference_95"] = difference, half
+    write_atomically(one.folder.path / "ross.json", json.dumps(record, indent=1))
+    if pictures and type(one.ross.built_target).decode is not Target.decode:
+        draw(one, samples[: max(2, pictures)], steps).save(one.folder.path / "ross.png")
+        console.print(f"strip: {one.folder.path / 'ross.png'}", soft_wrap=True)
+    return curve
+
+
+def _open(path: Path) -> Opened:
     loaded, stage, folder = open_run(path)
     ross = algorithms_of_stage(loaded, stage.name, stage.config).get(ROSS.name)
     if not isinstance(ross, ROSS) or ross.is_off():
         raise UserError(f"{path}: stage {stage.name} was trained without ross")
-    for name, value in (
-        ("--limit", limit - 1),
-        ("--times", times),
-        ("--pictures", pictures),
-        ("--steps", steps),
-    ):
-        if value < 1:
-            raise UserError(f"{name}: use {2 if name == '--limit' else 1} or more")
-    evaluation = loaded.run.evaluation
-    if remote is None and evaluation is None:
-        raise UserError(f"{path}: the run names no evaluation data; give --remote FOLDER")
-    source = evaluation.dataset if remote is None and evaluation is not None else DatasetConfig(remote=remote)
     model = load_model(
         folder.stage(stage.name) / "model",
         bidirectional_images=loaded.run.model.get("bidirectional_images"),
@@ -72,32 +132,31 @@ def reconstruct_run(
     ).eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     ross.restore(model, loaded.run.seed)
-    samples = with_dataset(source, loaded.run.seed, lambda dataset: list(islice(_distinct(dataset), limit)))
-    if len(samples) < 2:
-        raise UserError(f"{source.remote}: needs two different pictures or more")
-    batches = list(_batches(model, build_collator(model, stage, stage.config.train_loader), samples))
-    grid = [round((i + 0.5) * ross.timesteps / times) for i in range(times)]
-    curve = condition_curve(model, ross, batches, grid)
-    _print(console, curve)
-    record = {"run": loaded.run.run_name, "stage": stage.name, "data": source.remote, **curve.as_dict()}
-    write_atomically(folder.path / "ross.json", json.dumps(record, indent=1))
-    if type(ross.built_target).decode is not Target.decode:
-        draw(model, ross, batches[0], pictures, steps).save(folder.path / "ross.png")
-        console.print(f"strip: {folder.path / 'ross.png'}", soft_wrap=True)
-    return curve
+    collator = build_collator(model, stage, stage.config.train_loader)
+    return Opened(folder, loaded, stage, model, ross, collator)
 
 
-def draw(model: VisionLanguageModel, ross: ROSS, batch: dict[str, Any], pictures: int, steps: int) -> Any:
-    """Strip of the first views of a batch: picture, target, and what is sampled under each condition."""
+def _measure(run: Opened, samples: list[dict[str, Any]], times: int) -> ConditionCurve:
+    grid = [round((i + 0.5) * run.ross.timesteps / times) for i in range(times)]
+    # A last batch of one picture would have no other picture: it joins the one before.
+    starts = list(range(0, len(samples), BATCH))
+    if len(samples) - starts[-1] == 1 and len(starts) > 1:
+        starts.pop()
+    ends = [*starts[1:], len(samples)]
+    batches = (_batch(run, samples[a:b]) for a, b in zip(starts, ends, strict=True))
+    return condition_curve(run.model, run.ross, batches, grid)
+
+
+def draw(run: Opened, samples: list[dict[str, Any]], steps: int) -> Image.Image:
+    """Strip of some samples' views: picture, target, and what is sampled under each condition."""
+    batch = _batch(run, samples)
+    model, ross = run.model, run.ross
     right = conditions(model, ross, batch)
-    views = len(batch["grids"])
-    start = [0, *torch.tensor([r * c for r, c in batch["grids"]]).cumsum(0).tolist()]
-    same = batch["grids"][0] == batch["grids"][-1]
-    other = torch.cat([right[start[i] : start[i + 1]] for i in [*range(1, views), 0]]) if same else None
-    shown = {"right": right, "another's": other, "zero": torch.zeros_like(right)}
+    source, used = others(batch["grids"])
+    shown = {"right": right, "another's": right[source.to(right.device)], "zero": torch.zeros_like(right)}
     columns = {"picture": model.pictures(batch), "target": targets_shown(model, ross, batch)}
-    columns.update({n: reconstruct(model, ross, batch, c, steps) for n, c in shown.items() if c is not None})
-    return strip({title: column[:pictures] for title, column in columns.items()})
+    columns.update({name: reconstruct(model, ross, batch, c, steps) for name, c in shown.items()})
+    return strip({title: [p for p, u in zip(c, used, strict=True) if u] for title, c in columns.items()})
 
 
 def _distinct(dataset: StreamingVLMDataset) -> Iterator[dict[str, Any]]:
@@ -110,23 +169,15 @@ def _distinct(dataset: StreamingVLMDataset) -> Iterator[dict[str, Any]]:
             yield sample
 
 
-def _batches(
-    model: VisionLanguageModel, collator: Any, samples: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    device = next(model.net.hf.parameters()).device
-    for start in range(0, len(samples), BATCH):
-        chunk = samples[start : start + BATCH]
-        if len(chunk) == 1:
-            chunk = samples[start - 1 : start + 1]
-        batch = split_batch(collator(chunk), None, training=False)[0]
-        batch.pop("patch_targets", None)  # measured against the pictures themselves
-        yield to_device(batch, device)
+def _batch(run: Opened, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = split_batch(run.collator(samples), None, training=False)[0]
+    batch.pop("patch_targets", None)  # measured against the pictures themselves
+    return to_device(batch, next(run.model.net.hf.parameters()).device)
 
 
-def _print(console: Console, curve: ConditionCurve) -> None:
-    table = Table(
-        title=f"reconstruction loss, {len(curve.loss['right'])} held-out views", title_justify="left"
-    )
+def _print(console: Console, name: str, curve: ConditionCurve) -> None:
+    views = len(curve.loss["right"])
+    table = Table(title=f"{name}: reconstruction loss on {views} held-out views", title_justify="left")
     for column in ("time", *CONDITIONS, "ignoring it*"):
         table.add_column(column, justify="right")
     for i, time in enumerate(curve.times):
