@@ -3,7 +3,21 @@
 A method that reconstructs a target can only teach a model what the target holds. So, before any training: on
 scenes made on the fly, colour and size of each object are read off the tokens around it by multinomial
 logistic regression, fitted on some scenes and scored on others. Beside it stand two rows that know nothing of the
-picture: the most frequent answer, and the same probe given the tokens of another scene at the same place.
+picture: the most frequent answer, and the same probe given the tokens of another scene at the same place (which
+tells a little of a size: a large object's centre lies higher).
+
+``opsin data audit-target TARGET``, 4,000 + 1,000 scenes, 1,526 objects asked about, one seed:
+
+====================  ==========  ==========  =================  ===================
+target                colour      size        majority           another picture
+====================  ==========  ==========  =================  ===================
+autoencoder           .999        .999        .135, .514         .130, .609
+pixels, cell 8        .999        1.000       .135, .514         .126, .566
+pixels, cell 16       .985        .976        .135, .514         .132, .580
+====================  ==========  ==========  =================  ===================
+
+Standard errors are .004 at most (.013 in the last column). Scenes are easy to read linearly; what the audit finds
+out is a target that has lost something, as an auto-encoder does that spends its bits on walls.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from opsin.algorithms.ross.targets import Target, make_target
 from opsin.algorithms.ross.targets.base import fold
 from opsin.evaluation.target_audit import Audit, as_table, audit, audited_scenes, probe
 from opsin.models.errors import UserError
-from opsin.training import cli
+from opsin.training import autoencoder, cli
 
 
 class Grey(Target):
@@ -102,6 +102,7 @@ def test_the_table_says_what_passed() -> None:
 def test_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(autoencoder, "_MEASURED", 128)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["opsin", *arguments])

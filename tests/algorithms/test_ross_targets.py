@@ -361,14 +361,17 @@ def test_the_shipped_file_is_small_and_says_how_it_was_made() -> None:
     assert set(kinds.values()) == {torch.float32, torch.bfloat16}
 
 
-def test_training_writes_a_file_that_the_target_reads(tmp_path: Path) -> None:
+def test_training_writes_a_file_that_the_target_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rich.console import Console
 
-    from opsin.training.autoencoder import train_autoencoder
+    from opsin.training import autoencoder
 
+    monkeypatch.setattr(autoencoder, "_MEASURED", 192)
     quiet = Console(quiet=True)
     for name, steps, seed in (("a", 4, 1), ("b", 4, 1), ("c", 4, 2)):
-        train_autoencoder(tmp_path / name, steps=steps, seed=seed, console=quiet, batch_size=4)
+        autoencoder.train_autoencoder(tmp_path / name, steps=steps, seed=seed, console=quiet, batch_size=4)
     a, b, c = (make_target({"name": "autoencoder", "weights": str(tmp_path / n)}) for n in "abc")
     assert a.identity == b.identity != c.identity != make_target("autoencoder").identity
     tokens = a.encode(held_out(32)[0])

@@ -19,7 +19,10 @@ WEIGHTS = Path(__file__).parents[1] / "assets" / "scenes_autoencoder.safetensors
 class AutoencoderTarget(FrozenTarget):
     """Standardised latents of a small auto-encoder that was trained on scenes and knows no other pictures.
 
-    A latent covers 8 x 8 pixels and has 16 channels, each of mean 0 and deviation 1 over scenes.
+    A latent covers 8 x 8 pixels and has 16 channels, each of mean 0 and deviation 1 over scenes. On 192 held-out
+    scenes it draws back 25.4 to 26.9 dB; objects keep their colours (the worst is off by .07, and no two colours are
+    nearer than .27), words on signs cannot be read. What a linear probe reads of it: ``opsin data audit-target
+    autoencoder``, table in :mod:`opsin.evaluation.target_audit`.
 
     Args:
         weights: file that ``opsin data autoencoder`` wrote; default: the one that ships.
