@@ -79,6 +79,8 @@ def unpack(packed: bytes) -> list[PictureTargets]:
         if packed[:4] != _MAGIC:
             raise ValueError("another format")
         width, count = struct.unpack_from("<2I", packed, 4)
+        if not width:
+            raise ValueError("0 values a patch")
         at, heads = 12, []
         for _ in range(count):
             name, views = struct.unpack_from("<8sI", packed, at)

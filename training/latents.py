@@ -21,7 +21,7 @@ from ..data.rewrite import ShardWriter, cells_of, columns_of, row_of
 from ..data.sentences import SIDECAR, dataset_hash
 from ..data.streaming import StreamingVLMDataset
 from ..models.anatomy import Pictures, anatomy_of, image_encoder_for
-from ..models.errors import UserError
+from ..models.errors import UserError, nearest
 from ..models.export import load_processor
 from ..models.geometry import ImageEncoder, geometry_id
 from .picture_targets import PictureTargetsMaker
@@ -61,7 +61,10 @@ def open_pictures(source: str) -> tuple[ImageEncoder, Shows]:
             path = open_run(path)[2].model
         elif not path.is_dir() and (path.is_absolute() or source.startswith(".")):
             raise UserError(f"--model {source}: no run folder, no model folder")
-        processor, config = load_processor(path if path.is_dir() else source)
+        try:
+            processor, config = load_processor(path if path.is_dir() else source)
+        except UserError as error:
+            raise UserError(f"{error}{nearest(source, model_registry.names())}") from error
     return image_encoder_for(processor, config), anatomy_of(_OnlyConfig(config)).pictures
 
 
