@@ -141,7 +141,8 @@ class Bench:
     def _tell(self, event: str) -> None:
         for method in (self.method, *self.also):
             if hasattr(method, event):
-                getattr(method, event)(self.model, self.state, self.logger)
+                with self.model.net.autocast():
+                    getattr(method, event)(self.model, self.state, self.logger)
 
     def batch(self, samples: list[dict], **options: Any) -> dict[str, Any]:
         """A device batch; options of the collator."""
