@@ -22,6 +22,7 @@ from .builders import (
     build_optimizer,
     build_scheduler,
     check_arguments,
+    construct,
     mapped,
     place_in,
 )
@@ -60,7 +61,10 @@ def refuse_mistakes(loaded: Loaded, here: bool = True) -> None:
     for section, registry in (("callbacks", callback_registry), ("loggers", logger_registry)):
         for name, keywords in getattr(run, section).items():
             where = partial(place_in, loaded.where, section, name)
-            check_arguments(registry.get(name, where("")), dict(keywords or {}), where)
+            make = registry.get(name, where(""))
+            check_arguments(make, dict(keywords or {}), where)
+            if name in registry.builtin:  # ours do nothing when they are made, and look at values, too
+                construct(make, dict(keywords or {}), where)
     for stage in stages:
         _refuse_stage(loaded, stage)
     refuse_specs(loaded)
