@@ -12,8 +12,10 @@ from composer.core import State
 from composer.loggers import Logger
 from torch import nn
 
+from ...data.patch_targets import COLUMN, check
 from ...data.schema import stable_hash
 from ...models.errors import UserError, nearest
+from ...models.geometry import geometry_id
 from ...models.net import nan_safe_zero
 from ...models.normalise import declare, term
 from ...models.step import FINAL
@@ -124,6 +126,7 @@ class ROSS(VisionAlgorithm):
         self.draws, self.timesteps, self.detach, self.lr = draws, timesteps, detach, lr
         self.letterbox, self.min_visible, self.stored = letterbox, min_visible, stored
         self.target: Target | None = None
+        self._take_stored = stored != "ignore"
         self._seed = 0
         self._shares = torch.empty(0)
 
@@ -192,21 +195,15 @@ class ROSS(VisionAlgorithm):
         self.built_target.to(device)
         loader: Any = state.train_dataloader
         info = getattr(getattr(loader, "dataset", None), "patch_targets_info", None)
-        if info is None:
-            if self.stored == "required":
-                raise UserError(
-                    "algorithms.ross.stored: the dataset brings no targets; make them with `opsin data latents`"
-                )
-        elif self.stored != "ignore":
-            from ...data.patch_targets import check
-            from ...models.geometry import geometry_id
-
-            check(
-                info,
-                self.built_target.identity,
-                geometry_id(loader.collate_fn.encoder.images),
-                "algorithms.ross.target",
+        if info is not None and info.name != self.name:
+            info, self._take_stored = None, False  # another method's
+        if info is None and self.stored == "required":
+            raise UserError(
+                "algorithms.ross.stored: the dataset brings no targets; make them with `opsin data latents`"
             )
+        if info is not None and self._take_stored:
+            geometry = geometry_id(loader.collate_fn.encoder.images)
+            check(info, self.built_target.identity, geometry, "algorithms.ross.target")
 
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Declare the number of views."""
@@ -288,7 +285,7 @@ class ROSS(VisionAlgorithm):
     ) -> torch.Tensor:
         """What is to be reconstructed, (P, C) float32: stored with the data, or computed now."""
         target = self.built_target
-        stored = batch.get("patch_targets") if self.stored != "ignore" else None
+        stored = batch.get(COLUMN) if self._take_stored else None
         with torch.no_grad(), torch.autocast(views.view.device.type, enabled=False):
             moments = (
                 target.moments(model.pictures(batch), batch["grids"]) if stored is None else stored.float()
