@@ -68,6 +68,7 @@ class ROSS(VisionAlgorithm):
         width: of a denoiser; default: the paper's for this depth (1024); ``scaled``: in the paper's proportion to the
             language model.
         mlp_ratio: of a denoiser.
+        position_grid: rows and columns of the table of positions that ``vit`` learns.
         layer: whose output is the condition: -1 (after the final norm, the paper's), or 1 .. N.
         draws: noisy copies an image (paper's K: 4), each with its own time and noise.
         timesteps: T of the schedule.
@@ -92,6 +93,7 @@ class ROSS(VisionAlgorithm):
         depth: int | None = None,
         width: int | str | None = None,
         mlp_ratio: float = 4.0,
+        position_grid: tuple[int, int] = (27, 27),
         layer: int = FINAL,
         draws: int = 4,
         timesteps: int = TIMESTEPS,
@@ -123,6 +125,11 @@ class ROSS(VisionAlgorithm):
         if self.depth < 1:
             raise UserError(f"algorithms.ross.depth: {depth} is less than 1")
         self.width, self.mlp_ratio, self.layer = width, float(mlp_ratio), layer
+        self.position_grid = (int(position_grid[0]), int(position_grid[1]))
+        if min(self.position_grid) < 1:
+            raise UserError(
+                f"algorithms.ross.position_grid: {list(position_grid)} has less than one row or column"
+            )
         self.draws, self.timesteps, self.detach, self.lr = draws, timesteps, detach, lr
         self.letterbox, self.min_visible, self.stored = letterbox, min_visible, stored
         self.target: Target | None = None
@@ -164,6 +171,7 @@ class ROSS(VisionAlgorithm):
             depth=self.depth,
             width=self.width,
             mlp_ratio=self.mlp_ratio,
+            position_grid=self.position_grid,
         )
 
     def restore(self, model: VisionLanguageModel, seed: int = 0) -> nn.Module:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -226,11 +224,3 @@ def test_pictures_are_not_stretched_out_of_range_and_targets_without_a_decoder_s
     assert found.shape == (10, 12) and float(found.abs().max()) <= 1 and bool((found[6:] == 1).all())
     with pytest.raises(UserError, match="PixelTarget: this target cannot be turned back"):
         Target.decode(target, found[None], (2, 5))
-
-
-def test_the_functional_form_needs_no_composer() -> None:
-    code = (
-        "import sys, opsin.algorithms.ross.functional as f, opsin.algorithms.ross.heads; "
-        "assert f.mean_of_views; assert not {'composer', 'streaming', 'diffusers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
