@@ -55,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, scenes: str) -> tuple[Path
 
 
 def test_strips_are_written_and_logged_and_leave_training_untouched(trained: tuple[Path, Path]) -> None:
-    shown, plain = trained
+    shown, _ = trained
     strips = sorted((shown / "stages/instruct/pictures").glob("*.png"))
     assert [s.name for s in strips] == ["ba10.png", "ba12.png", "ba5.png"]
     with Image.open(strips[0]) as strip:
