@@ -4,7 +4,7 @@ A method that reconstructs a target can only teach a model what the target holds
 scenes made on the fly, colour and size of each object are read off the tokens around it by multinomial
 logistic regression, fitted on some scenes and scored on others. Beside it stand two rows that know nothing of the
 picture: the most frequent answer, and the same probe given the tokens of another scene at the same place (which
-tells a little of a size: a large object's centre lies higher).
+tells a little of a size; where a large object's centre can lie may be why, it was not looked into).
 
 ``opsin data audit-target TARGET``, 4,000 + 1,000 scenes, 1,526 objects asked about, one seed:
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +43,9 @@ from .stages import Stage
 
 BATCH = 32
 """Pictures looked at together; each one's other picture is the next of the same batch."""
+
+SAMPLED = 32
+"""Pictures that are reconstructed for the PSNR, or as many as there are."""
 
 
 @dataclass
@@ -113,10 +117,14 @@ def reconstruct_run(
         )
         record["against"] = {"run": other.loaded.run.run_name, **second.as_dict()}
         record["difference"], record["difference_95"] = difference, half
-    write_atomically(one.folder.path / "ross.json", json.dumps(record, indent=1))
     if pictures and type(one.ross.built_target).decode is not Target.decode:
-        draw(one, samples[: max(2, pictures)], steps).save(one.folder.path / "ross.png")
+        sampled = sample(one, samples[: max(2, pictures, SAMPLED)], steps)
+        record["psnr_dB"] = sampled.psnr()
+        said = ", ".join(f"{name} {value:.1f}" for name, value in record["psnr_dB"].items())
+        console.print(f"PSNR of {len(sampled.columns['right'])} sampled views, dB: {said}", soft_wrap=True)
+        strip({t: c[:pictures] for t, c in sampled.columns.items()}).save(one.folder.path / "ross.png")
         console.print(f"strip: {one.folder.path / 'ross.png'}", soft_wrap=True)
+    write_atomically(one.folder.path / "ross.json", json.dumps(record, indent=1))
     return curve
 
 
@@ -147,16 +155,45 @@ def _measure(run: Opened, samples: list[dict[str, Any]], times: int) -> Conditio
     return condition_curve(run.model, run.ross, batches, grid)
 
 
-def draw(run: Opened, samples: list[dict[str, Any]], steps: int) -> Image.Image:
-    """Strip of some samples' views: picture, target, and what is sampled under each condition."""
+@dataclass
+class Sampled:
+    """Reconstructions of some views: title -> a picture (3, h, w) in [0, 1] of each."""
+
+    columns: dict[str, list[torch.Tensor]]
+
+    def psnr(self) -> dict[str, float]:
+        """Mean over views of the peak signal-to-noise ratio against the picture, in dB; of ``the mean picture``, too:
+        what one picture for all of them gets (of views with the commonest size)."""
+        pictures = self.columns["picture"]
+        found = {
+            title: float(np.mean([_psnr(a, b) for a, b in zip(column, pictures, strict=True)]))
+            for title, column in self.columns.items()
+            if title != "picture"
+        }
+        sizes = [tuple(p.shape) for p in pictures]
+        alike = [
+            p for p, size in zip(pictures, sizes, strict=True) if size == max(set(sizes), key=sizes.count)
+        ]
+        mean = torch.stack(alike).mean(0)
+        return {**found, "the mean picture": float(np.mean([_psnr(mean, p) for p in alike]))}
+
+
+def sample(run: Opened, samples: list[dict[str, Any]], steps: int) -> Sampled:
+    """Views of some samples as the target reads them, what the target keeps, and what is sampled under each condition."""
     batch = _batch(run, samples)
     model, ross = run.model, run.ross
     right = conditions(model, ross, batch)
     source, used = others(batch["grids"])
     shown = {"right": right, "another's": right[source.to(right.device)], "zero": torch.zeros_like(right)}
-    columns = {"picture": model.pictures(batch), "target": targets_shown(model, ross, batch)}
+    pictures = zip(model.pictures(batch), batch["grids"], strict=True)
+    columns = {"picture": [ross.built_target.sized(p, *grid) for p, grid in pictures]}
+    columns["target"] = targets_shown(model, ross, batch)
     columns.update({name: reconstruct(model, ross, batch, c, steps) for name, c in shown.items()})
-    return strip({title: [p for p, u in zip(c, used, strict=True) if u] for title, c in columns.items()})
+    return Sampled({t: [p for p, u in zip(c, used, strict=True) if u] for t, c in columns.items()})
+
+
+def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return -10 * math.log10(max(float((a - b).square().mean()), 1e-12))
 
 
 def _distinct(dataset: StreamingVLMDataset) -> Iterator[dict[str, Any]]:

@@ -84,6 +84,10 @@ def test_reconstruct_measures_a_finished_run_against_another(trained: tuple[Path
     assert found["ignoring_white"] == pytest.approx(cosine_alpha_bar()[[167, 500, 833]].tolist())
     # The two runs have the same weights, the noise is a function of the sample: nothing differs.
     assert found["difference"] == 0 and found["against"]["loss"] == found["loss"]
+    assert set(found["psnr_dB"]) == {"target", "right", "another's", "zero", "the mean picture"}
+    assert (
+        found["psnr_dB"]["target"] > 20 > found["psnr_dB"]["right"]
+    )  # after 12 steps there is nothing to see
     with Image.open(shown / "ross.png") as strip:
         assert strip.size == (5 * 132 + 4, 2 * 132 + 4 + 16)
 
