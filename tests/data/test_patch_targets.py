@@ -103,7 +103,7 @@ def test_padding_to_a_square_is_geometry() -> None:
             size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_pad=pads
         )
         texts.append(geometry_id(image_encoder_for(built.processor, built.hf.config)))
-    assert "pad_to_square=[0.481455,0.457828,0.408211]" in texts[1] and "pad" not in texts[0]
+    assert "pad_to_square=[0.481455," in texts[1] and "pad" not in texts[0]
 
 
 def encoder_of(family: str) -> Any:
