@@ -117,8 +117,9 @@ def geometry_id(images: ImageEncoder) -> str:
     """What decides which pixels each patch of a picture shows, as ``family; key=value; ...``.
 
     Two models with equal text cut every picture into the same views of the same pixels; mean and standard
-    deviation do not matter. The text survives saving and loading, and is the same on transformers 4 and 5 and
-    for both kinds of image processor (whose resizing differs by rounding).
+    deviation do not matter (but for the colour that pads to a square). The text survives saving and loading,
+    and is the same on transformers 4 and 5 and for both kinds of image processor (whose resizing differs by
+    rounding).
     """
     config, processor = images.config, images.processor
     vision, pictures = getattr(config, "vision_config", None), processor.image_processor
@@ -126,6 +127,8 @@ def geometry_id(images: ImageEncoder) -> str:
     for switch, names in _DECIDES.items():
         if getattr(pictures, switch, None):
             found.update({name: _text(getattr(pictures, name, None)) for name in names})
+    if getattr(pictures, "do_pad", None) and hasattr(pictures, "pad_to_square"):
+        found["pad_to_square"] = _text(getattr(pictures, "image_mean", None))  # it pads with that colour
     found.update({name: _text(getattr(pictures, name, None)) for name in _GRID})
     found["tower"] = _text([getattr(vision, name, None) for name in ("image_size", "patch_size")])
     found["merge"] = _text(getattr(vision, "spatial_merge_size", None))

@@ -87,6 +87,10 @@ def scenes_llava(
     return VisionLanguageModel(hf, processor, bidirectional_images=bidirectional_images)
 
 
+TOWER_4 = "vision_model."
+"""What transformers 4 puts before the names of a CLIP tower's tensors, and newer ones do not."""
+
+
 def load_part(module: Any, part: str, source: str) -> None:
     """Put saved weights into one part of ``scenes_llava``; every tensor must be there and fit.
 
@@ -105,7 +109,8 @@ def load_part(module: Any, part: str, source: str) -> None:
         path = Path(source)
     if not path.is_file():
         raise UserError(f"model.{part}: no file '{path}'; make it with `{command}`")
-    stored = {k: v.float() for k, v in load_file(path).items()}
+    here = {k.removeprefix(TOWER_4): k for k in module.state_dict()}
+    stored = {here.get(k.removeprefix(TOWER_4), k): v.float() for k, v in load_file(path).items()}
     wanted = {k: v.shape for k, v in module.state_dict().items() if v.is_floating_point()}
     if wanted != {k: v.shape for k, v in stored.items()}:
         raise UserError(

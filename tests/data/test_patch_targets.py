@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming import MDSWriter
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, LlavaImageProcessor
 
 from opsin.data.batch import split_batch
 from opsin.data.collate import VLMCollator
@@ -93,6 +93,17 @@ def test_geometry_survives_saving_and_sees_what_decides_the_pixels(family: str, 
     key = "longest_edge" if family == "qwen2_5_vl" else "shortest_edge"
     built.processor.image_processor.size = {**dict(processor.size), key: 1200}
     assert geometry_id(image_encoder_for(built.processor, config)) != own
+
+
+def test_padding_to_a_square_is_geometry() -> None:
+    built = zoo.build("llava")
+    texts = []
+    for pads in (False, True):
+        built.processor.image_processor = LlavaImageProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_pad=pads
+        )
+        texts.append(geometry_id(image_encoder_for(built.processor, built.hf.config)))
+    assert "pad_to_square=[0.481455," in texts[1] and "pad" not in texts[0]
 
 
 def encoder_of(family: str) -> Any:
