@@ -65,6 +65,10 @@ class VisionAlgorithm(Algorithm):
         """Whether the arguments switch the method off: then it does no work and attaches no head."""
         return False
 
+    def about(self, model: VisionLanguageModel) -> str | None:
+        """One line on what the method made of its arguments (after INIT), printed before training; None: nothing."""
+        return None
+
     def match(self, event: Event, state: State) -> bool:
         """Events whose handler the subclass has; none when the method is off."""
         return not self.is_off() and (event == Event.AFTER_BACKWARD or self._handler(event) is not None)

@@ -32,9 +32,9 @@ from opsin.models.vlm import VisionLanguageModel  # noqa: E402
 
 NAME = "ross_cost"
 SHAPES = ("7B-like", "0.5B-like")
-WIDTHS = {"7B-like": 128, "0.5B-like": 512}
+WIDTHS = {"7B-like": 160, "0.5B-like": 576}
 """Denoiser widths that give the operations' ratio of the paper's denoiser beside 7B and 0.5B, at SmolLM2-135M."""
-IMAGE_SIZE, ROWS, LENGTH, CELL = 128, 2, 352, 8
+IMAGE_SIZE, ROWS, LENGTH, CELL = 128, 2, 512, 8
 TARGET_AT_7B, TARGET_POINTS = 1.05, 0.05
 
 

@@ -87,7 +87,7 @@ def condition_curve(
     head = model.net.auxiliary[ross.name]
     objective, target = ross.objective, ross.built_target
     if objective.decoded:
-        raise UserError("condition gain: not measured for objective decoded_mse; the strip shows it")
+        raise UserError("condition gain: decoded_mse compares pictures, there are no latents to compare")
     at = torch.tensor(list(times) if objective.noisy else [0])
     shares = objective.shares(ross.timesteps)
     found: dict[str, list[np.ndarray]] = {name: [] for name in CONDITIONS}

@@ -12,6 +12,7 @@ import math
 import torch
 
 _GAMMA = 0x9E3779B97F4A7C15
+_WHOLE = (1 << 64) - 1
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
@@ -32,18 +33,32 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shifted(x, 31)
 
 
+def _mix_int(x: int) -> int:
+    """:func:`mix` of a Python number."""
+    x &= _WHOLE
+    x = ((x ^ (x >> 30)) * _MIX[0]) & _WHOLE
+    x = ((x ^ (x >> 27)) * _MIX[1]) & _WHOLE
+    return x ^ (x >> 31)
+
+
 def keys(*parts: torch.Tensor | int) -> torch.Tensor:
     """One int64 key for each combination of the parts, which broadcast (int64 tensors or integers).
+
+    The key lies where its tensors lie: numbers are mixed on the host and never travel.
 
     Example:
         >>> keys(stable_hash("ross", seed), document_uid, document_visit, image)
     """
-    key = torch.zeros((), dtype=torch.int64)
+    key: torch.Tensor | int = 0
     for part in parts:
-        if isinstance(part, int):
-            part = torch.tensor(_signed(part & ((1 << 64) - 1)))
-        key = mix(key.to(part.device) + _signed(_GAMMA) ^ mix(part.long() + _signed(_GAMMA)))
-    return key
+        mixed = _mix_int(part + _GAMMA) if isinstance(part, int) else mix(part.long() + _signed(_GAMMA))
+        if isinstance(key, int) and isinstance(mixed, int):
+            key = _mix_int((key + _GAMMA) & _WHOLE ^ mixed)
+        else:
+            left = _signed((key + _GAMMA) & _WHOLE) if isinstance(key, int) else key + _signed(_GAMMA)
+            right = _signed(mixed) if isinstance(mixed, int) else mixed
+            key = mix(left ^ right)  # type: ignore[operator]
+    return torch.tensor(_signed(key)) if isinstance(key, int) else key
 
 
 def _bits(key: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from .builders import (
     place_in,
 )
 from .config import Loaded
+from .preflight import print_methods
 from .prepare import refuse_specs
 from .ranges import place_in_stage, refuse_other_machine, refuse_out_of_range
 from .registry import callbacks as callback_registry
@@ -145,6 +146,7 @@ def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[st
     console.print(table)
     used = ", ".join(f"{n}{' (off)' if getattr(a, 'is_off', bool)() else ''}" for n, a in algorithms.items())
     console.print(f"methods: {used or 'none'}")
+    print_methods(console, model, algorithms)
     console.print(_data(loaded, stage, model))
 
 

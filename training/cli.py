@@ -113,15 +113,19 @@ def train(
         console.print(
             f"held-out pictures with question, gold and predicted answer: {folder.samples}", soft_wrap=True
         )
-    for command in next_commands(files, folder.path):
+    methods = [n for n, k in loaded.run.algorithms.items() if k.get("enabled", True)]
+    for command in next_commands(files, folder.path, methods):
         console.print(f"next: {command}", soft_wrap=True, highlight=False)
 
 
-def next_commands(files: list[str], run: Path) -> list[str]:
-    """Three things to try after a run."""
+def next_commands(files: list[str], run: Path, methods: list[str]) -> list[str]:
+    """Things to try after a run with these methods."""
+    from .registry import METHODS
+
     again = " ".join(files)
+    off = [m for m in METHODS if m in methods][:1]
     return [
-        f"opsin train {again} algorithms.l2t=false run_name={run.name}-without-l2t",
+        *(f"opsin train {again} algorithms.{m}=false run_name={run.name}-without-{m}" for m in off),
         f'opsin generate {run} "What colour is the object?" --image PICTURE.png',
         f"opsin export {run} my-model    # an ordinary Hugging Face folder",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..algorithms.base import VisionAlgorithm
 from ..data.collate import VLMCollator
 from ..data.encode import Status
 from ..data.schema import IGNORE_INDEX, Role
@@ -152,3 +154,12 @@ def print_report(console: Console, stage: str, model: VisionLanguageModel, repor
             f"{report.images_per_sample:.1f} pictures each, {report.labelled_share:.0%} of tokens labelled, "
             f"{report.unlabelled_share:.0%} without a label, longest {report.longest} tokens, skipped: {skipped}"
         )
+
+
+def print_methods(console: Console, model: VisionLanguageModel, algorithms: Mapping[str, Any]) -> None:
+    """What the methods that are on made of their arguments (``VisionAlgorithm.about``), after INIT."""
+    for name, algorithm in algorithms.items():
+        if isinstance(algorithm, VisionAlgorithm) and not algorithm.is_off():
+            said = algorithm.about(model)
+            if said:
+                console.print(f"{name}: {said}", soft_wrap=True, highlight=False)

@@ -70,7 +70,7 @@ def reconstruct_run(
     pictures: int = 6,
     steps: int = 50,
     console: Console,
-) -> ConditionCurve:
+) -> ConditionCurve | None:
     """Measure the condition curve, print it, and write ``ross.json`` and ``ross.png`` into the run's folder.
 
     Args:
@@ -82,6 +82,9 @@ def reconstruct_run(
         pictures: rows of the strip; 0: no strip.
         steps: evaluations of the denoiser a reconstruction.
         console: for the tables.
+
+    Returns:
+        the run's curve; None for ``decoded_mse``.
 
     Raises:
         UserError: a run has no ROSS in its last stage, or there is no data to look at.
@@ -95,21 +98,29 @@ def reconstruct_run(
     if remote is None and evaluation is None:
         raise UserError(f"{path}: the run names no evaluation data; give --remote FOLDER")
     source = evaluation.dataset if remote is None and evaluation is not None else DatasetConfig(remote=remote)
-    source = replace(source, shuffle=False)
+    # Stored targets belong to another model's patches, perhaps; here the pictures themselves are measured.
+    source = replace(source, shuffle=False, patch_targets="ignore")
     samples = with_dataset(source, one.loaded.run.seed, lambda data: list(islice(_distinct(data), limit)))
     if len(samples) < 2:
         raise UserError(f"{source.remote}: needs two different pictures or more")
-    curve = _measure(one, samples, times)
-    _print(console, one.loaded.run.run_name, curve)
-    record = {
+    record: dict[str, Any] = {
         "run": one.loaded.run.run_name,
         "stage": one.stage.name,
         "data": source.remote,
-        **curve.as_dict(),
     }
-    if against is not None:
+    curve = None
+    if one.ross.objective.decoded:
+        console.print("objective decoded_mse: no curve, it has no latents to compare; see the strip")
+    else:
+        curve = _measure(one, samples, times)
+        _print(console, one.loaded.run.run_name, curve)
+        record.update(curve.as_dict())
+    if against is not None and curve is not None:
         other = _open(against)
+        _refuse_other_kind(one, other)
         second = _measure(other, samples, times)
+        if len(second.gains()) != len(curve.gains()):
+            raise UserError(f"--against {against}: its model cuts these pictures into other views")
         _print(console, other.loaded.run.run_name, second)
         difference, half = mean_and_half(curve.gains() - second.gains())
         console.print(
@@ -126,6 +137,20 @@ def reconstruct_run(
         console.print(f"strip: {one.folder.path / 'ross.png'}", soft_wrap=True)
     write_atomically(one.folder.path / "ross.json", json.dumps(record, indent=1))
     return curve
+
+
+def _refuse_other_kind(one: Opened, other: Opened) -> None:
+    """Losses of another objective, target or schedule are other quantities."""
+    for what in (
+        lambda ross: ("objective", ross.objective.name),
+        lambda ross: ("target", ross.built_target.identity),
+        lambda ross: ("timesteps", ross.timesteps),
+    ):
+        (key, ours), (_, theirs) = what(one.ross), what(other.ross)
+        if ours != theirs:
+            raise UserError(
+                f"--against {other.folder.path}: its ross.{key} is '{theirs}', this run's is '{ours}': nothing to compare"
+            )
 
 
 def _open(path: Path) -> Opened:
@@ -145,7 +170,9 @@ def _open(path: Path) -> Opened:
 
 
 def _measure(run: Opened, samples: list[dict[str, Any]], times: int) -> ConditionCurve:
-    grid = [round((i + 0.5) * run.ross.timesteps / times) for i in range(times)]
+    if run.ross.objective.noisy and times > run.ross.timesteps:
+        raise UserError(f"--times {times}: the schedule has {run.ross.timesteps}")
+    grid = [int((i + 0.5) * run.ross.timesteps / times) for i in range(times)]
     # A last batch of one picture would have no other picture: it joins the one before.
     starts = list(range(0, len(samples), BATCH))
     if len(samples) - starts[-1] == 1 and len(starts) > 1:
@@ -186,7 +213,7 @@ def sample(run: Opened, samples: list[dict[str, Any]], steps: int) -> Sampled:
     source, used = others(batch["grids"])
     shown = {"right": right, "another's": right[source.to(right.device)], "zero": torch.zeros_like(right)}
     pictures = zip(model.pictures(batch), batch["grids"], strict=True)
-    columns = {"picture": [ross.built_target.sized(p, *grid) for p, grid in pictures]}
+    columns = {"picture": [ross.built_target.sized(p[None], *grid)[0] for p, grid in pictures]}
     columns["target"] = targets_shown(model, ross, batch)
     columns.update({name: reconstruct(model, ross, batch, c, steps) for name, c in shown.items()})
     return Sampled({t: [p for p, u in zip(c, used, strict=True) if u] for t, c in columns.items()})
@@ -208,7 +235,6 @@ def _distinct(dataset: StreamingVLMDataset) -> Iterator[dict[str, Any]]:
 
 def _batch(run: Opened, samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch = split_batch(run.collator(samples), None, training=False)[0]
-    batch.pop("patch_targets", None)  # measured against the pictures themselves
     return to_device(batch, next(run.model.net.hf.parameters()).device)
 
 

@@ -129,6 +129,9 @@ def _composer_schedulers() -> dict[str, Any]:
     return {**found, **{s: found[n] for n, s in short.items() if n in found}}
 
 
+METHODS = ("l2t", "ross")
+"""Opsin's own methods."""
+
 algorithms = Registry(
     "algorithms",
     "Methods of Opsin, and Composer's own algorithms.",

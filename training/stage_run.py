@@ -27,7 +27,7 @@ from .config import Loaded
 from .guards import EveryParameterTrained, RestoreRandomState, SkippedSamples
 from .init_weights import is_checkpoint, load_weights
 from .metrics_file import MetricsFile
-from .preflight import check_batches, check_features, print_report
+from .preflight import check_batches, check_features, print_methods, print_report
 from .progress import ProgressBar
 from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
@@ -188,6 +188,8 @@ def train_stage(
         seed=run.seed,
     )
     try:
+        if dist.get_global_rank() == 0:
+            print_methods(console, model, algorithms)
         if parallel is not None:
             assert_sharded(trainer)
         if int(trainer.state.timestamp.batch_in_epoch) and "train" in trainer.state.dataset_resumption:

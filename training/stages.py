@@ -167,6 +167,15 @@ def dataset_content(dataset: dict[str, Any]) -> list[str]:
     return content
 
 
+def _with_heads(model: Path) -> Path:
+    """A run's model, as its last stage left it: with the methods' heads, which the copy for use has no more."""
+    order = model.parent / "stages.json"
+    if not order.is_file():
+        return model
+    last = model.parent / "stages" / list(json.loads(order.read_text()))[-1] / "model"
+    return last if (last / "config.json").is_file() else model
+
+
 def find_start(start: InitFrom, run_root: Path, run_folder: Path, stages: list[str]) -> Path:
     """What a stage starts from: a stage of this run, a run, ``run@stage``, a folder, or a Composer checkpoint.
 
@@ -183,7 +192,7 @@ def find_start(start: InitFrom, run_root: Path, run_folder: Path, stages: list[s
     ]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
-            return candidate
+            return _with_heads(candidate)
     if is_checkpoint(Path(start.path)):
         return Path(start.path)
     known = [*stages, *(p.name for p in run_root.glob("*") if p.is_dir())] if run_root.is_dir() else stages

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...models.randomness import keys, normal, uniform
 from .diffusion import Objective
-from .targets.base import Target, fold
+from .targets.base import Target, alike, fold
 from .views import Views
 
 _POSTERIOR, _TIME, _NOISE, _START = 0, 1, 2, 3
@@ -133,19 +133,15 @@ def decoded_loss(
     said = head(condition, views, None, None)[0]
     if views.visible is not None:
         said = torch.where(views.visible[:, None], said, 0.0)
-    sizes = [rows * columns for rows, columns in grids]
-    parts = said.split(sizes)
-    errors: list[torch.Tensor | None] = [None] * len(sizes)
-    by_grid: dict[tuple[int, int], list[int]] = {}
-    for i, grid in enumerate(grids):
-        by_grid.setdefault((grid[0], grid[1]), []).append(i)
-    for grid, members in by_grid.items():
-        wanted = torch.stack([target.sized(pictures[i], *grid) for i in members])
-        shown = target.decode(torch.stack([parts[i] for i in members]), grid)
-        error = fold((2 * (shown - wanted)).square(), target.cell).mean(-1)
-        for i, e in zip(members, error, strict=True):
-            errors[i] = e
-    return torch.cat([e for e in errors if e is not None])
+    parts = said.split([rows * columns for rows, columns in grids])
+    errors: dict[int, torch.Tensor] = {}
+    with torch.autocast(said.device.type, enabled=False):  # the decoder keeps its own precision
+        for grid, members in alike(pictures, grids):
+            wanted = target.sized(torch.stack([pictures[i] for i in members]), *grid)
+            shown = target.decode(torch.stack([parts[i] for i in members]).float(), grid)
+            error = fold((2 * (shown - wanted)).square(), target.cell).mean(-1)
+            errors.update(zip(members, error.unbind(), strict=True))
+    return torch.cat([errors[i] for i in range(len(grids))])
 
 
 def mean_of_views(

@@ -138,6 +138,8 @@ class Denoiser(nn.Module):
             raise UserError(
                 f"algorithms.ross.width: {width} must be a multiple of 4 and of the {heads} attention heads"
             )
+        if int(width * mlp_ratio) < 1:
+            raise UserError(f"algorithms.ross.mlp_ratio: {mlp_ratio} leaves no channel at width {width}")
         self.width = width
         self.input = _xavier(nn.Linear(dim, width))
         self.time = TimeEmbedding(width)

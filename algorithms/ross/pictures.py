@@ -56,7 +56,7 @@ class ROSSPictures(Callback):
         self.remote, self.images, self.steps, self.side, self.folder = remote, images, steps, side, folder
         self._batch: dict[str, Any] = {}
         self._ross: ROSS | None = None
-        self._shown = 0
+        self._shown, self._last = 0, -1
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Find the method, read and encode the pictures."""
@@ -68,7 +68,8 @@ class ROSSPictures(Callback):
             raise UserError(
                 f"callbacks.ross_pictures: {self._ross.built_target.identity} cannot be turned into pictures"
             )
-        dataset = StreamingVLMDataset(remote=self.remote, batch_size=1, shuffle=False)
+        # Stored targets belong to another model's patches, perhaps; a strip needs none.
+        dataset = StreamingVLMDataset(remote=self.remote, batch_size=1, shuffle=False, patch_targets="ignore")
         samples = [dataset[i] for i in range(min(self.images, dataset.num_samples))]
         loader: Any = state.train_dataloader
         batch = split_batch(loader.collate_fn(samples), None, training=False)[0]
@@ -77,24 +78,28 @@ class ROSSPictures(Callback):
                 f"callbacks.ross_pictures.remote: the first samples of {self.remote} have no picture"
             )
         device = next(unwrap(state.model).net.hf.parameters()).device
-        batch.pop("patch_targets", None)
         self._batch = to_device(batch, device)
-        self._ross.built_target.to(device)
+        self._ross.placed_target(device)
+        self._shown = self._number(state)  # after a resumption the next one is due at the next interval
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """A strip at each interval."""
-        done = state.timestamp.get(self.interval.unit).value
-        if self._ross is not None and done // self.interval.value > self._shown:
-            self._shown = done // self.interval.value
+        if self._ross is not None and self._number(state) > self._shown:
+            self._shown = self._number(state)
             self._show(state, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """A last strip."""
-        if self._ross is not None:
+        if self._ross is not None and self._last != int(state.timestamp.batch):
             self._show(state, logger)
+
+    def _number(self, state: State) -> int:
+        """Intervals that are over."""
+        return state.timestamp.get(self.interval.unit).value // self.interval.value
 
     def _show(self, state: State, logger: Logger) -> None:
         assert self._ross is not None
+        self._last = int(state.timestamp.batch)
         model = unwrap(state.model)
         training = model.training
         model.eval()

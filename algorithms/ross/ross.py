@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -33,8 +33,6 @@ from .functional import (
 from .heads import DENOISERS, HEADS, make_head
 from .targets import Target, check_target, make_target
 from .views import Views
-
-log = logging.getLogger(__name__)
 
 FLUX = {"name": "vae", "path": "black-forest-labs/FLUX.1-dev", "subfolder": "vae"}
 """The paper's target."""
@@ -103,8 +101,10 @@ class ROSS(VisionAlgorithm):
         min_visible: int = 10,
         stored: str = "auto",
     ):
-        if weight < 0:
-            raise UserError(f"algorithms.ross.weight: {weight} is negative")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"algorithms.ross.weight: {weight}: use 0 (off) or more")
+        if lr is not None and not (math.isfinite(lr) and lr > 0):
+            raise UserError(f"algorithms.ross.lr: {lr}: use a rate above 0, or null for the run's")
         for key, value in (("draws", draws), ("timesteps", timesteps), ("min_visible", min_visible)):
             if value < 1:
                 raise UserError(f"algorithms.ross.{key}: {value} is less than 1")
@@ -122,6 +122,10 @@ class ROSS(VisionAlgorithm):
         if layer == 0 or layer < FINAL:
             raise UserError(f"algorithms.ross.layer: {layer}: use -1 (after the final norm) or 1 .. N")
         self.depth = depth if depth is not None else (3 if self.head in DENOISERS else 2)
+        if self.objective.decoded and stored == "required":
+            raise UserError(
+                "algorithms.ross.stored: decoded_mse compares pictures, it has no use for stored targets"
+            )
         if self.depth < 1:
             raise UserError(f"algorithms.ross.depth: {depth} is less than 1")
         self.width, self.mlp_ratio, self.layer = width, float(mlp_ratio), layer
@@ -133,6 +137,7 @@ class ROSS(VisionAlgorithm):
         self.draws, self.timesteps, self.detach, self.lr = draws, timesteps, detach, lr
         self.letterbox, self.min_visible, self.stored = letterbox, min_visible, stored
         self.target: Target | None = None
+        self._placed: torch.device | None = None
         self._take_stored = stored != "ignore"
         self._seed = 0
         self._shares = torch.empty(0)
@@ -143,12 +148,16 @@ class ROSS(VisionAlgorithm):
 
     def init(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Build the target and attach the head."""
-        head = self.attach(state, self.prepare(model, state.rank_zero_seed), lr=self.lr)
-        size = sum(p.numel() for p in head.parameters())
+        self.attach(state, self.prepare(model, state.rank_zero_seed), lr=self.lr)
+
+    def about(self, model: VisionLanguageModel) -> str:
+        """Head, its size, and target."""
+        head = model.net.auxiliary[self.name]
         width = getattr(head, "width", None)
-        target = self.built_target.identity
-        log.info("ross: %s of width %s, %.1f M parameters; target %s", self.head, width, size / 1e6, target)
-        logger.log_hyperparameters({"ross/head_width": width, "ross/head_parameters": size})
+        return (
+            f"{self.head}{f' of width {width}' if width else ''}, {sum(p.numel() for p in head.parameters()):,} "
+            f"parameters, objective {self.objective.name}; target {self.built_target.identity}"
+        )
 
     def prepare(self, model: VisionLanguageModel, seed: int) -> Callable[[], nn.Module]:
         """Build the target; the function that makes the head for it.
@@ -156,7 +165,13 @@ class ROSS(VisionAlgorithm):
         Raises:
             UserError: target, objective and model do not fit.
         """
+        layers = len(model.anatomy.decoder_layers(model.hf))
+        if self.layer > layers:
+            raise UserError(
+                f"algorithms.ross.layer: {self.layer}: the language model has layers 1 to {layers}"
+            )
         self.target = target = make_target(self.target_spec)
+        self._placed = None
         if self.objective.decoded and type(target).decode is Target.decode:
             raise UserError(
                 f"algorithms.ross.objective: decoded_mse needs a target with a decoder, {target.identity} has none"
@@ -193,14 +208,12 @@ class ROSS(VisionAlgorithm):
         device = next(model.net.hf.parameters()).device
         model.net.auxiliary[self.name] = head.to(device).eval()
         self._shares = self._shares.to(device)
-        self.built_target.to(device)
         return head
 
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
-        """Check the targets that the dataset brings; move what computes them to the device."""
-        device = next(model.net.hf.parameters()).device
-        self._shares = self._shares.to(device)
-        self.built_target.to(device)
+        """Check the targets that the dataset brings."""
+        self._shares = self._shares.to(next(model.net.hf.parameters()).device)
+        self._take_stored = self.stored != "ignore"
         loader: Any = state.train_dataloader
         info = getattr(getattr(loader, "dataset", None), "patch_targets_info", None)
         if info is not None and info.name != self.name:
@@ -252,7 +265,8 @@ class ROSS(VisionAlgorithm):
         views, used = self.views(model, batch)
         condition = hidden.flatten(0, 1)[batch["patch_position"]]
         if self.objective.decoded:
-            loss = decoded_loss(head, condition, model.pictures(batch), grids, views, self.built_target)
+            target = self.placed_target(hidden.device)
+            loss = decoded_loss(head, condition, model.pictures(batch), grids, views, target)
         else:
             key = self.keys(batch)
             target = self.targets(model, batch, views, key)
@@ -292,12 +306,13 @@ class ROSS(VisionAlgorithm):
         self, model: VisionLanguageModel, batch: dict[str, Any], views: Views, key: torch.Tensor
     ) -> torch.Tensor:
         """What is to be reconstructed, (P, C) float32: stored with the data, or computed now."""
-        target = self.built_target
         stored = batch.get(COLUMN) if self._take_stored else None
         with torch.no_grad(), torch.autocast(views.view.device.type, enabled=False):
-            moments = (
-                target.moments(model.pictures(batch), batch["grids"]) if stored is None else stored.float()
-            )
+            if stored is None:
+                moments = self.placed_target(key.device).moments(model.pictures(batch), batch["grids"])
+            else:
+                moments = stored.float()
+            target = self.built_target
             return target.draw(moments, posterior_noise(key, views, target.dim) if target.draws else None)
 
     def _counted(self, batch: dict[str, Any], views: Views) -> torch.Tensor | None:
@@ -322,6 +337,13 @@ class ROSS(VisionAlgorithm):
         """The target, once it is built (at INIT)."""
         assert self.target is not None, "the target is built at INIT"
         return self.target
+
+    def placed_target(self, device: torch.device) -> Target:
+        """The target on a device; it goes there when it is first used, which it never is where targets are stored."""
+        if self._placed != device:
+            self.built_target.to(device)
+            self._placed = device
+        return self.built_target
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -48,12 +48,12 @@ def sample_tokens(
         condition: (P, D).
         noise: (P, C), where sampling starts; unused by objectives that regress.
         timesteps: T of training.
-        steps: evaluations of the head.
+        steps: evaluations of the head, at most T.
     """
     if not objective.noisy:
         return head(condition, views, None, None)[0]
     scheduler = objective.scheduler(timesteps)
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(min(steps, timesteps), device=noise.device)
     count = int(views.view[-1]) + 1
     tokens = noise
     for t in scheduler.timesteps:
@@ -88,14 +88,16 @@ def reconstruct(
 def decoded(ross: ROSS, tokens: torch.Tensor, grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Target tokens (P, C) as one picture a view."""
     parts = tokens.split([r * c for r, c in grids])
-    return [ross.built_target.decode(part[None], grid)[0] for part, grid in zip(parts, grids, strict=True)]
+    target = ross.placed_target(tokens.device)
+    shown = (target.decode(part[None], grid)[0] for part, grid in zip(parts, grids, strict=True))
+    return [picture.clamp(0, 1) for picture in shown]
 
 
 @torch.no_grad()
 def targets_shown(model: VisionLanguageModel, ross: ROSS, batch: dict[str, Any]) -> list[torch.Tensor]:
     """What the target itself keeps of each view: the best that a reconstruction can look like."""
     views = Views.of(batch["grids"], batch["patch_position"].device)
-    target = ross.built_target
+    target = ross.placed_target(views.view.device)
     moments = target.moments(model.pictures(batch), batch["grids"])
     noise = torch.zeros(len(views.view), target.dim, device=moments.device) if target.draws else None
     return decoded(ross, target.draw(moments, noise), batch["grids"])

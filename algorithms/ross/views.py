@@ -8,7 +8,8 @@ the grids: no step waits for the device to learn a shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -57,7 +58,15 @@ class Views:
         device: torch.device | None = None,
         visible: torch.Tensor | None = None,
     ) -> Views:
-        """From the (rows, columns) of each view, in order."""
+        """From the (rows, columns) of each view, in order.
+
+        What lies on the device is kept for the next micro-batch with the same grids.
+        """
+        known = _laid_out(tuple((int(r), int(c)) for r, c in grids), device)
+        return known if visible is None else replace(known, visible=visible)
+
+    @classmethod
+    def _made(cls, grids: tuple[tuple[int, int], ...], device: torch.device | None) -> Views:
         sizes = torch.tensor([r * c for r, c in grids], dtype=torch.int64)
         columns = torch.tensor([c for _, c in grids], dtype=torch.int64)
         view = torch.repeat_interleave(torch.arange(len(grids)), sizes)
@@ -78,7 +87,6 @@ class Views:
             column.to(device, non_blocking=True),
             extent.to(device, non_blocking=True),
             buckets,
-            visible,
         )
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -125,6 +133,11 @@ class Views:
             mask = mask[None, :, None, None, :].expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
         attended = F.scaled_dot_product_attention(gathered(q), gathered(k), gathered(v), attn_mask=mask)
         return attended.transpose(1, 2).unflatten(0, (q.shape[0], count))
+
+
+@lru_cache(64)
+def _laid_out(grids: tuple[tuple[int, int], ...], device: torch.device | None) -> Views:
+    return Views._made(grids, device)
 
 
 def _buckets(sizes: torch.Tensor) -> list[Bucket]:

@@ -226,7 +226,9 @@ def test_two_ranks_give_the_numbers_of_one_with_pictures_on_one_rank_only(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"weight": -0.5}, "weight: -0.5 is negative"), ({"draws": 0}, "draws: 0 is less than 1"),
+    [({"weight": -0.5}, "weight: -0.5: use 0"), ({"weight": float("nan")}, "weight: nan: use 0"),
+     ({"lr": 0.0}, "lr: 0.0: use a rate above 0"), ({"lr": -1.0}, "lr: -1.0: use a rate above 0"),
+     ({"objective": "decoded_mse", "stored": "required"}, "stored: decoded_mse compares pictures"), ({"draws": 0}, "draws: 0 is less than 1"),
      ({"timesteps": 0}, "timesteps: 0 is less than 1"), ({"min_visible": 0}, "min_visible: 0 is less than 1"),
      ({"letterbox": "msk"}, "letterbox 'msk': unknown; did you mean 'mask'"),
      ({"stored": "requird"}, "stored 'requird': unknown; did you mean 'required'"),
@@ -241,7 +243,11 @@ def test_two_ranks_give_the_numbers_of_one_with_pictures_on_one_rank_only(
      ({"target": {"cell": 4}}, "target.name: unknown target 'None'"),
      ({"target": ["pixels"]}, "target: ['pixels']: use a name or a mapping with a name"),
      ({"target": {"name": "pixels", "cels": 4}}, "target.cels: unknown key; did you mean 'cell'"),
-     ({"target": {"name": "pixels", "cell": 0}}, "target.cell: 0 is less than 1")],
+     ({"target": {"name": "pixels", "cell": 0}}, "target.cell: a whole number of at least 1, got 0"),
+     ({"target": {"name": "pixels", "cell": "x"}}, "target.cell: a whole number of at least 1, got 'x'"),
+     ({"target": {"name": "autoencoder", "weights": 5}}, "target: TypeError"),
+     ({"target": {"name": "vae", "config": 5}}, "target"),
+     ({"mlp_ratio": 0.001}, "mlp_ratio: 0.001 leaves no channel")],
 )  # fmt: skip
 def test_wrong_arguments_are_one_line(arguments: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
@@ -252,7 +258,7 @@ def test_wrong_arguments_are_one_line(arguments: dict, message: str) -> None:
 def test_what_only_the_model_or_the_data_can_tell_is_one_line_too() -> None:
     with pytest.raises(UserError, match="stored: the dataset brings no targets; make them with `opsin data"):
         bench(stored="required")
-    with pytest.raises(UserError, match="tap at layer 9: the language model has layers 1 to 4"):
+    with pytest.raises(UserError, match=r"algorithms.ross.layer: 9: the language model has layers 1 to 4"):
         jobs.train(steps=1, algorithms=[(ROSS_HERE, {**SMALL, "layer": 9})])
     with pytest.raises(UserError, match=r"algorithms.ross.width: 200 must be a multiple"):
         bench(width=200)

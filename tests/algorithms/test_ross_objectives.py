@@ -10,8 +10,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from opsin.algorithms.ross.diffusion import OBJECTIVES, Objective, objective_named
-from opsin.algorithms.ross.functional import Draws, decoded_loss, draw_noise, reconstruction_loss, view_keys
+from opsin.algorithms.ross.functional import (
+    Draws,
+    decoded_loss,
+    draw_noise,
+    posterior_noise,
+    reconstruction_loss,
+    starting_noise,
+    view_keys,
+)
 from opsin.algorithms.ross.heads import make_head
+from opsin.algorithms.ross.sampling import sample_tokens
+from opsin.algorithms.ross.targets import make_target
 from opsin.algorithms.ross.targets.pixels import PixelTarget
 from opsin.algorithms.ross.views import Views
 from opsin.models.errors import UserError
@@ -120,3 +130,32 @@ def test_regressions_have_nothing_to_sample_and_unknown_objectives_name_the_near
         OBJECTIVES["mse"].scheduler(1000)
     with pytest.raises(UserError, match="unknown objective 'epsiln'; did you mean 'epsilon'"):
         objective_named("epsiln")
+
+
+@pytest.mark.parametrize("name", ["pixels", "autoencoder"])
+def test_a_decoder_pulls_back_what_lies_outside_the_colours(name: str) -> None:
+    """Latent to pixel: a clamp inside ``decode`` would leave dead gradients there."""
+    target = make_target(name)
+    tokens = torch.full((1, 4, target.dim), 8.0, requires_grad=True)
+    pictures = target.decode(tokens, (2, 2))
+    assert float(pictures.max()) > 1
+    pictures.square().sum().backward()
+    assert tokens.grad is not None and bool((tokens.grad != 0).any(-1).all())
+
+
+def test_more_steps_than_times_are_as_many_as_there_are() -> None:
+    views, head = Views.of([(2, 2)]), make_head("dit", 8, 4, width=64)
+    given = (head, torch.randn(4, 8), views, OBJECTIVES["epsilon"], torch.randn(4, 4))
+    few, many = (sample_tokens(*given, timesteps=20, steps=steps) for steps in (20, 50))
+    assert torch.equal(few, many)
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_noise_never_passes_through_the_host(device: str) -> None:
+    views = Views.of([(2, 3), (4, 4)], torch.device(device))
+    uid = torch.ones(2, dtype=torch.int64, device=device)
+    key = view_keys(3, uid, uid, uid, uid)
+    drawn = draw_noise(key, views, 2, 5, 1000)
+    assert drawn.time.shape == (2, 2) and drawn.noise.shape == (2, 22, 5)
+    for noise in (posterior_noise(key, views, 5), starting_noise(key, views, 5), drawn.noise[0]):
+        assert noise.device.type == device and noise.shape == (22, 5)

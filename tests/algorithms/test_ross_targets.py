@@ -128,9 +128,9 @@ def test_vae_decodes_what_it_encodes_and_carries_a_graph() -> None:
     x = pictures(2, 2, 3, 16)
     tokens = target.encode(x).requires_grad_()
     back = target.decode(tokens, (2, 3))
-    assert back.shape == x.shape and back.min() >= 0 and back.max() <= 1
+    assert back.shape == x.shape
     raw = target.vae.encode(x * 2 - 1).latent_dist.mean  # type: ignore[attr-defined]
-    expected = (target.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)  # type: ignore[attr-defined]
+    expected = target.vae.decode(raw).sample / 2 + 0.5  # type: ignore[attr-defined]
     torch.testing.assert_close(back, expected, atol=1e-4, rtol=1e-4)
     back.sum().backward()
     assert tokens.grad is not None and tokens.grad.abs().sum() > 0
@@ -200,7 +200,7 @@ def test_every_vq_latent_is_a_row_of_the_codebook() -> None:
     predicted = tokens.clone().requires_grad_()
     back = target.decode(predicted, (2, 3))
     expected = target.vq.decode(target.vq.encode(x * 2 - 1).latents).sample  # type: ignore[attr-defined]
-    torch.testing.assert_close(back, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(back, expected / 2 + 0.5, atol=1e-5, rtol=1e-4)
     back.sum().backward()
     assert predicted.grad is not None and predicted.grad.abs().sum() > 0
 

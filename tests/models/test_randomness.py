@@ -112,3 +112,14 @@ def test_the_parts_of_one_bit_pattern_are_unrelated() -> None:
     key = keys(2, torch.arange(1000))
     u, n = uniform(keys(key, 1), 1000).float() - 0.5, normal(keys(key, 2), 1000)
     assert abs(_correlation(u, n)) < 0.002 and abs(_correlation(u.abs() - 0.25, n.square() - 1)) < 0.002
+
+
+def test_keys_lie_where_their_tensors_lie_and_numbers_cost_no_transfer() -> None:
+    """On the meta device nothing can be copied to the host: what touches it stops."""
+    uid = torch.arange(3, device="meta")
+    for key in (keys(uid, 1), keys(1, uid), keys(1, 2, uid, 3, uid[:, None])):
+        assert key.device.type == "meta"
+        assert normal(key, 4).device.type == uniform(key, 4).device.type == "meta"
+    here = torch.arange(3)
+    assert torch.equal(keys(5, 7, here), keys(torch.tensor(5), torch.tensor(7), here))
+    assert int(keys(5, 7)) == int(keys(torch.tensor(5), torch.tensor(7)))

@@ -79,9 +79,9 @@ def test_reconstruct_measures_a_finished_run_against_another(trained: tuple[Path
     assert result.exit_code == 0, result.output
     assert "condition gain (another's minus right)" in result.output
     found = json.loads((shown / "ross.json").read_text())
-    assert found["times"] == [167, 500, 833] and found["views"] == 9
+    assert found["times"] == [166, 500, 833] and found["views"] == 9
     assert set(found["loss"]) == {"right", "another", "zero"}
-    assert found["ignoring_white"] == pytest.approx(cosine_alpha_bar()[[167, 500, 833]].tolist())
+    assert found["ignoring_white"] == pytest.approx(cosine_alpha_bar()[[166, 500, 833]].tolist())
     # The two runs have the same weights, the noise is a function of the sample: nothing differs.
     assert found["difference"] == 0 and found["against"]["loss"] == found["loss"]
     assert set(found["psnr_dB"]) == {"target", "right", "another's", "zero", "the mean picture"}
@@ -90,6 +90,58 @@ def test_reconstruct_measures_a_finished_run_against_another(trained: tuple[Path
     )  # after 12 steps there is nothing to see
     with Image.open(shown / "ross.png") as strip:
         assert strip.size == (5 * 132 + 4, 2 * 132 + 4 + 16)
+
+
+def test_other_kinds_of_heads_are_not_compared(
+    trained: tuple[Path, Path], tmp_path: Path, scenes: str
+) -> None:
+    flow = {"ross": {**ROSS["ross"], "objective": "flow_matching"}}
+    other = train(runs.loaded(tmp_path, scenes, algorithms=flow, max_duration="1ba"))
+    result = CliRunner().invoke(
+        app, ["reconstruct", str(trained[0]), "--against", str(other.path), "--limit", "4", "--times", "2"]
+    )
+    assert isinstance(result.exception, UserError)
+    assert "its ross.objective is 'flow_matching', this run's is 'epsilon'" in str(result.exception)
+
+
+def test_a_run_starts_with_the_head_of_another_run(
+    trained: tuple[Path, Path], tmp_path: Path, scenes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``init_from: RUN`` keeps heads by default, as it says; the run's ``model`` folder has none."""
+    losses = {}
+    for heads in ("keep", "new"):
+        folder = train(
+            runs.loaded(
+                tmp_path, scenes, f"init_from.path={trained[0]}", f"init_from.heads={heads}", f"run_name={heads}",
+                algorithms=ROSS, max_duration="1ba",
+            )
+        )  # fmt: skip
+        losses[heads] = read_metrics(folder.metrics)[0]
+    assert losses["keep"]["loss/train/lm"] == losses["new"]["loss/train/lm"]
+    assert losses["keep"]["loss/train/ross"] < losses["new"]["loss/train/ross"] - 0.01
+    assert "ross: dit of width 64, " in capsys.readouterr().err  # what the method made of its arguments
+
+
+def test_strips_of_a_resumed_run_are_those_of_a_whole_one(tmp_path: Path, scenes: str) -> None:
+    shown = {"ross_pictures": {"remote": scenes, "images": 1, "interval": "5ba", "steps": 2}}
+    options = {"algorithms": ROSS, "callbacks": shown, "save_interval": "4ba"}
+    begun = train(runs.loaded(tmp_path, scenes, **options, max_duration="12ba"))
+    whole = sorted(p.name for p in (begun.stage("instruct") / "pictures").glob("*"))
+    checkpoints = begun.checkpoints("instruct")
+    for path in checkpoints.glob("*"):  # as if it had been killed after batch 8
+        if "ba12" in path.name or path.is_symlink():
+            path.unlink()
+    kept = next(p for p in checkpoints.glob("*ba8*"))
+    (checkpoints / "latest-rank0.pt").symlink_to(kept.name)
+    (begun.stage("instruct") / "done.json").unlink()
+    for path in (begun.stage("instruct") / "pictures").glob("*"):
+        path.unlink()
+    again = train(runs.loaded(tmp_path, scenes, **options, max_duration="12ba"))
+    assert whole == ["ba10.png", "ba12.png", "ba5.png"]
+    assert sorted(p.name for p in (again.stage("instruct") / "pictures").glob("*")) == [
+        "ba10.png",
+        "ba12.png",
+    ]
 
 
 def test_what_cannot_be_reconstructed_is_said_in_one_line(

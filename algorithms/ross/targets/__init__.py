@@ -27,7 +27,11 @@ def make_target(spec: str | Mapping[str, Any], where: str = "algorithms.ross.tar
         UserError: unknown name or keyword; the line names the nearest one.
     """
     make, keywords = check_target(spec, where)
-    return make(**keywords)
+    try:
+        return make(**keywords)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        said = (str(error).strip() or "refuses these values").splitlines()[0]
+        raise UserError(f"{where}: {type(error).__name__}: {said} ({keywords})"[:300]) from error
 
 
 def check_target(

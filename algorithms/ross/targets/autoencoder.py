@@ -65,4 +65,4 @@ class AutoencoderTarget(FrozenTarget):
     def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.decode`."""
         latents = unfold(self._ready(tokens), grid, self.fold)
-        return (self.net.decode(latents) / 2 + 0.5).clamp(0, 1)
+        return self.net.decode(latents) / 2 + 0.5

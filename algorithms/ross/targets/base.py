@@ -66,7 +66,10 @@ class Target(ABC):
         """(B, 3, rows * cell, columns * cell) float32 in [0, 1] -> moments (B, rows * columns, M) float32."""
 
     def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Tokens (B, rows * columns, C) -> pictures (B, 3, rows * cell, columns * cell) in [0, 1], with a graph.
+        """Tokens (B, rows * columns, C) -> pictures (B, 3, rows * cell, columns * cell), with a graph.
+
+        Colours are 0 .. 1 where the tokens are those of a picture; what lies outside is not cut off, because a
+        clamp has no gradient there.
 
         Raises:
             UserError: this target cannot be turned back into a picture.
@@ -87,21 +90,13 @@ class Target(ABC):
         """
         if not pictures:
             return torch.zeros(0, self.moments_dim)
-        sized = [
-            self.sized(picture, rows, columns)
-            for picture, (rows, columns) in zip(pictures, grids, strict=True)
-        ]
-        found: list[torch.Tensor | None] = [None] * len(sized)
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for i, grid in enumerate(grids):
-            by_size.setdefault((grid[0], grid[1]), []).append(i)
-        for members in by_size.values():  # one call a size, not one a picture
+        found: dict[int, torch.Tensor] = {}
+        for grid, members in alike(pictures, grids):  # one call a size, not one a picture
             for start in range(0, len(members), self.pictures_at_once):
                 chunk = members[start : start + self.pictures_at_once]
-                encoded = self.encode(torch.stack([sized[i] for i in chunk]))
-                for i, tokens in zip(chunk, encoded, strict=True):
-                    found[i] = tokens
-        return torch.cat([f for f in found if f is not None])
+                encoded = self.encode(self.sized(torch.stack([pictures[i] for i in chunk]), *grid))
+                found.update(zip(chunk, encoded.unbind(), strict=True))
+        return torch.cat([found[i] for i in range(len(pictures))])
 
     def draw(self, moments: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Targets (P, C) of moments (P, M); ``noise`` (P, C) standard normal where M is 2 C."""
@@ -116,12 +111,22 @@ class Target(ABC):
         """Whether :meth:`draw` needs noise."""
         return self.moments_dim != self.dim
 
-    def sized(self, picture: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """A view (3, h, w) as this target reads it: (3, rows * cell, columns * cell) float32 in [0, 1]."""
+    def sized(self, pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Views (B, 3, h, w) as this target reads them: (B, 3, rows * cell, columns * cell) float32 in [0, 1]."""
         size = (rows * self.cell, columns * self.cell)
-        if picture.shape[-2:] == size:
-            return picture.float()
+        if pictures.shape[-2:] == size:
+            return pictures.float()
         resized = F.interpolate(
-            picture[None].float(), size, mode="bilinear", align_corners=False, antialias=self.antialias
+            pictures.float(), size, mode="bilinear", align_corners=False, antialias=self.antialias
         )
-        return resized[0].clamp(0, 1)
+        return resized.clamp(0, 1)
+
+
+def alike(
+    pictures: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]]
+) -> list[tuple[tuple[int, int], list[int]]]:
+    """Views that can be handled together: (grid, ordinals) for each size of picture and grid."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (picture, grid) in enumerate(zip(pictures, grids, strict=True)):
+        groups.setdefault((*picture.shape, *grid), []).append(i)
+    return [((key[-2], key[-1]), members) for key, members in groups.items()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ....models.errors import UserError
 from .base import Target, fold, unfold
+from .frozen import whole
 
 
 class PixelTarget(Target):
@@ -17,9 +17,7 @@ class PixelTarget(Target):
     """
 
     def __init__(self, cell: int = 16, antialias: bool = False):
-        if cell < 1:
-            raise UserError(f"algorithms.ross.target.cell: {cell} is less than 1")
-        self.cell, self.antialias = cell, antialias
+        self.cell, self.antialias = whole("cell", cell), antialias
         self.dim = self.moments_dim = 3 * cell * cell
 
     @property
@@ -33,4 +31,4 @@ class PixelTarget(Target):
 
     def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.decode`."""
-        return (unfold(tokens, grid, self.cell) / 2 + 0.5).clamp(0, 1)
+        return unfold(tokens, grid, self.cell) / 2 + 0.5

@@ -110,7 +110,7 @@ class VAETarget(FrozenTarget):
         """See :meth:`Target.decode`."""
         shift, scale = self.shift.to(self.device), self.scale.to(self.device)
         latents = unfold(tokens.to(self.device).float(), grid, self.fold) / scale + shift
-        return (self.vae.decode(self._ready(latents)).sample.float() / 2 + 0.5).clamp(0, 1)
+        return self.vae.decode(self._ready(latents)).sample.float() / 2 + 0.5
 
 
 def _by_channel(values: Any, otherwise: float) -> torch.Tensor:

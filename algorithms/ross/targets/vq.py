@@ -93,4 +93,4 @@ class VQTarget(FrozenTarget):
         # The parts, not VQModel.decode: with `lookup_from_codebook` it would take vectors for indices.
         spatial = vectors if self.vq.config.norm_type == "spatial" else None
         pictures = self.vq.decoder(self.vq.post_quant_conv(vectors), spatial)
-        return (pictures / 2 + 0.5).clamp(0, 1)
+        return pictures / 2 + 0.5
