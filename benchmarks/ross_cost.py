@@ -34,7 +34,7 @@ NAME = "ross_cost"
 SHAPES = ("7B-like", "0.5B-like")
 WIDTHS = {"7B-like": 160, "0.5B-like": 576}
 """Denoiser widths that give the operations' ratio of the paper's denoiser beside 7B and 0.5B, at SmolLM2-135M."""
-IMAGE_SIZE, ROWS, LENGTH, CELL = 128, 2, 512, 8
+IMAGE_SIZE, ROWS, LENGTH, CELL = 128, 1, 512, 8
 TARGET_AT_7B, TARGET_POINTS = 1.05, 0.05
 
 
@@ -71,8 +71,8 @@ def step(shape: str, built: Built, options: Any) -> dict[str, Any]:
     )  # the learning rate is 0: lm stays the same
     series = interleave(
         runs,
-        rounds=options.rounds or (2 if options.quick else 12),
-        seconds=options.seconds or 150.0,
+        rounds=options.rounds or (2 if options.quick else 60),
+        seconds=options.seconds or 270.0,
         warmup=0,
         least=2 if options.quick else 4,
     )
