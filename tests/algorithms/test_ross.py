@@ -273,3 +273,12 @@ def test_a_layer_within_is_read_too_and_the_head_is_of_the_size_asked_for() -> N
     assert any("language_model.norm" in n for n in last.step(batch)[1])
     head: Any = last.model.net.auxiliary["ross"]
     assert head.width == 64 and len(head.blocks) == 1 and isinstance(last.model, VisionLanguageModel)
+
+
+def test_the_head_has_a_learning_rate_of_its_own() -> None:
+    """The model's rate is 0 and nothing of it moves; the head's is not, and its zero-initialised output does."""
+    arguments = {**SMALL, "lr": 1e-2}
+    after = jobs.train(steps=2, lr=0.0, algorithms=[(ROSS_HERE, arguments)])["weights"]
+    plain = jobs.train(steps=1, lr=0.0)["weights"]
+    assert all(torch.equal(after[name], plain[name]) for name in plain)
+    assert after["net.auxiliary.ross.output.weight"].abs().max() > 0
