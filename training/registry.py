@@ -129,15 +129,14 @@ def _composer_schedulers() -> dict[str, Any]:
     return {**found, **{s: found[n] for n, s in short.items() if n in found}}
 
 
-METHODS = ("l2t", "ross")
+METHODS = {"l2t": "opsin.algorithms.l2t:L2T", "ross": "opsin.algorithms.ross:ROSS"}
 """Opsin's own methods."""
 
 algorithms = Registry(
     "algorithms",
     "Methods of Opsin, and Composer's own algorithms.",
     {
-        "l2t": "opsin.algorithms.l2t:L2T",
-        "ross": "opsin.algorithms.ross:ROSS",
+        **METHODS,
         "gradient_clipping_by_part": "opsin.algorithms.clipping:GradientClippingByPart",
     },
     _composer_algorithms,
