@@ -27,11 +27,17 @@ class Visibility:
         branch: int, 0 for a document's trunk; branches (independent questions) see trunk and themselves.
         image: int, ordinal of the image within its row, -1 for text.
         bidirectional: bool, image tokens with True see all tokens of their own image; None: all causal.
-        closed: bool, queries that see nothing but, within their image, ``context`` tokens and tokens that
-            share one of their group bits; None: no such queries.
-        context: bool, tokens that closed queries of the same image see.
+        closed: bool, queries that see nothing but, within their scope, ``context`` tokens and tokens that
+            share one of their group bits, and ``preceding`` tokens; not even themselves, unless one of these
+            says so. Whoever fills it leaves each closed query something to see: a softmax over nothing is
+            NaN. Padding is never closed. None: no such queries. Needs ``context`` and ``group_bits``.
+        context: bool, tokens that closed queries of the same scope see.
         group_bits: int, groups a token belongs to, one bit each.
         hidden: bool, image tokens that no open query sees (closed queries go by ``context`` and groups).
+        scope: int, what closed queries see through ``context`` and groups shares their scope (one picture may
+            have two views, each masked on its own); -1: none. None: the image ordinal.
+        preceding: bool, tokens that closed queries see besides where they come first (``k <= q``), whatever
+            their scope: the text before a picture. None: none.
     """
 
     valid: torch.Tensor
@@ -43,6 +49,8 @@ class Visibility:
     context: torch.Tensor | None = None
     group_bits: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    scope: torch.Tensor | None = None
+    preceding: torch.Tensor | None = None
 
     def with_terms(self, **terms: torch.Tensor) -> Visibility:
         """The same, with some of the optional fields set."""
@@ -58,9 +66,10 @@ def allow(see: Visibility, b: Any, q: Any, k: Any) -> torch.Tensor:
     """Whether query ``q`` of row ``b`` may attend to key ``k``; indices broadcast against each other.
 
     Packed documents follow their own causal order; images may be bidirectional; closed queries are those of
-    a masked-prediction method (JARVIS fact sheet, section 3.3, is one filling of these fields). A token may
-    always look at itself, so that no softmax runs over nothing.
+    a masked-prediction method (JARVIS fact sheet, section 3.3, is one filling of these fields). Every other
+    token, padding too, may always look at itself, so that no softmax runs over nothing.
     """
+    itself = q == k
     causal = k <= q
     open_rule = causal
     same_image = (see.image[b, q] == see.image[b, k]) & (see.image[b, q] >= 0)
@@ -72,11 +81,16 @@ def allow(see: Visibility, b: Any, q: Any, k: Any) -> torch.Tensor:
     if see.closed is not None:
         assert see.context is not None and see.group_bits is not None
         shared = (see.group_bits[b, q] & see.group_bits[b, k]) != 0
-        closed_rule = same_image & (see.context[b, k] | shared)
+        scope = see.image if see.scope is None else see.scope
+        same_scope = (scope[b, q] == scope[b, k]) & (scope[b, q] >= 0)
+        closed_rule = same_scope & (see.context[b, k] | shared)
+        if see.preceding is not None:
+            closed_rule = closed_rule | (causal & see.preceding[b, k])
         rule = torch.where(see.closed[b, q], closed_rule, open_rule)
+        itself = itself & ~see.closed[b, q]
     same_document = see.document[b, q] == see.document[b, k]
     same_branch = (see.branch[b, k] == 0) | (see.branch[b, q] == see.branch[b, k])
-    return (rule & see.valid[b, k] & same_document & same_branch) | (q == k)
+    return (rule & see.valid[b, k] & same_document & same_branch) | itself
 
 
 def dense(see: Visibility) -> torch.Tensor:
