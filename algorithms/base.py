@@ -6,7 +6,7 @@ bare ``composer.Trainer(algorithms=[Method()])`` as well as from YAML.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -128,6 +128,37 @@ class VisionAlgorithm(Algorithm):
             parameters = [p for p in head.parameters() if p.requires_grad]
             state.optimizers[0].add_param_group({"params": parameters, "part": "auxiliary", **options})
         return head
+
+    def take_over(self, model: VisionLanguageModel, make: Callable[[], nn.Module]) -> nn.Module:
+        """Trained head of a finished model, outside a Trainer; ``model.saved_heads`` has the weights.
+
+        Raises:
+            UserError: the model was trained without this method, or with another head.
+        """
+        if self.name not in model.saved_heads:
+            raise UserError(
+                f"this model has no head of {self.name}: it was trained without, or exported for use"
+            )
+        head = make()
+        try:
+            head.load_state_dict(model.saved_heads[self.name])
+        except RuntimeError as error:
+            raise UserError(
+                f"the stored head of {self.name} has another shape: {str(error).splitlines()[-1]}"
+            ) from error
+        device = next(model.net.hf.parameters()).device
+        model.net.auxiliary[self.name] = head.to(device).eval()
+        return head
+
+    def freeze(self, state: State, parameters: Sequence[nn.Parameter]) -> None:
+        """Stop training some parameters: no gradient, out of the optimizer. Call it in ``init``, before any wrapping."""
+        chosen = {id(p) for p in parameters}
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
 
 
 def unwrap(model: Any) -> VisionLanguageModel:

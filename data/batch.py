@@ -33,8 +33,11 @@ _PER_TOKEN = (
     "sentence_ids",
 )
 _PER_ROW = ("document_uid", "document_visit", "refused", "views_per_row", "images_per_row")
-_TOKEN, _ROW = "token/", "row/"
-"""Prefixes under which a method adds its own small tensors to a device batch: (B, L) and (B, ...)."""
+_TOKEN, _ROW, _PATCH = "token/", "row/", "patch/"
+"""Prefixes under which a method adds its own small tensors to a device batch: (B, L), (B, ...), (P, ...)."""
+CUT = "cut/"
+"""Prefix under which a method adds a function of a finished micro-batch, called on the CPU; what it returns (a dict) is
+added. So shapes that depend on the data are the host's own numbers, and no step has to ask the device for them."""
 _PER_VIEW = ("view_document", "view_image", "view_grid", "view_box", "view_start", "view_stride")
 
 
@@ -115,7 +118,8 @@ def split_batch(
         ``label_turns`` (n,), ``label_branches`` (n,), ``label_answer`` (n,) ordinal of the answer a token belongs to or -1,
         ``answers`` (int), ``patch_position``, ``patch_view``, ``patch_row``, ``patch_column`` (P,),
         ``grids`` ((rows, columns) of each view, Python numbers), ``plain_attention`` (bool), ``tokens`` (int),
-        ``denominators`` (dict of scalars). ``patch_targets``, where the batch has them, are those of the P patches.
+        ``denominators`` (dict of scalars). ``patch_targets``, where the batch has them, are those of the P patches, as
+        are tensors under ``patch/``. Then come what functions under ``cut/`` make of a micro-batch.
     """
     samples = int(batch["sample_status"].numel())
     full = max(samples, device_batch_size or samples) if training else samples
@@ -136,6 +140,8 @@ def split_batch(
     first_pixel = torch.cat([torch.zeros(1, dtype=torch.int64), batch["pixel_rows"].cumsum(0)])
     first_patch = torch.cat([torch.zeros(1, dtype=torch.int64), batch["view_grid"].prod(1).cumsum(0)])
     per_row = [*_PER_TOKEN, *_PER_ROW, *_added(batch)]
+    per_patch = [COLUMN] * (COLUMN in batch) + sorted(k for k in batch if k.startswith(_PATCH))
+    cuts = [batch[key] for key in sorted(batch) if key.startswith(CUT)]
     micro = []
     for start, end in pairwise(starts):
         row = slice(start, end)
@@ -144,8 +150,8 @@ def split_batch(
         view = slice(int(first_view[start]), int(first_view[end]))
         part.update({key: batch[key][view] for key in _PER_VIEW})
         part["view_row"] = batch["view_row"][view] - start
-        if COLUMN in batch:
-            part[COLUMN] = batch[COLUMN][int(first_patch[view.start]) : int(first_patch[view.stop])]
+        patch = slice(int(first_patch[view.start]), int(first_patch[view.stop]))
+        part.update({key: batch[key][patch] for key in per_patch})
         image = slice(int(first_image[start]), int(first_image[end]))
         if image.stop > image.start:
             pixel = slice(int(first_pixel[image.start]), int(first_pixel[image.stop]))
@@ -157,7 +163,10 @@ def split_batch(
         part["tokens"] = int(part["attention_mask"].sum())
         if divisors is not None:
             part[DENOMINATORS] = divisors
-        micro.append(_index(part))
+        part = _index(part)
+        for cut in cuts:
+            part.update(cut(part))
+        micro.append(part)
     return micro
 
 

@@ -18,7 +18,7 @@ from .anatomy import Anatomy, anatomy_of
 from .attention import Visibility, mask_for
 from .errors import UserError
 from .geometry import PER_IMAGE_KEYS, PIXEL_KEY
-from .step import FINAL, Step
+from .step import FINAL, Branch, Step
 
 
 def nan_safe_zero(value: torch.Tensor) -> torch.Tensor:
@@ -92,6 +92,9 @@ class VisionLanguageNet(nn.Module):
             hidden = self.hidden(batch, step)
             if FINAL in step.taps:
                 step.tapped[FINAL] = hidden
+            for name in sorted(step.branches):
+                step.branched[name] = self._branch(batch, step, step.branches[name])
+            step.embeddings = None
             logits = self.anatomy.head(self.hf, hidden.flatten(0, 1)[batch["label_rows"]])
         logits = logits.float()
         targets = batch["label_targets"]
@@ -101,6 +104,7 @@ class VisionLanguageNet(nn.Module):
         if zero is not None:
             outputs["zero"] = zero
         outputs.update({f"tap{layer}": value for layer, value in step.tapped.items()})
+        outputs.update({f"branch/{name}": value for name, value in step.branched.items()})
         return outputs
 
     def hidden(self, batch: dict[str, Any], step: Step) -> torch.Tensor:
@@ -116,6 +120,35 @@ class VisionLanguageNet(nn.Module):
                 **pixels,
             )
         return out.last_hidden_state
+
+    def _branch(self, batch: dict[str, Any], step: Step, branch: Branch) -> torch.Tensor:
+        """A second pass of some tokens through the first layers: (W, M, D), before any final norm."""
+        assert step.embeddings is not None
+        at = branch.positions.clamp(min=0)
+        embeddings = branch.edit(step.embeddings.flatten(0, 1)[at])
+        decoder = self.anatomy.decoder(self.hf)
+        wanted = Step(batch, taps={branch.layers})
+        with self._first_layers(branch.layers), self._tapping(wanted):
+            decoder(
+                inputs_embeds=embeddings,
+                attention_mask=mask_for(branch.visibility, _implementation(decoder), embeddings.dtype),
+                position_ids=batch["position_ids"].flatten(-2)[..., at],
+                use_cache=False,
+                return_dict=True,
+            )
+        return wanted.tapped[branch.layers]
+
+    @contextlib.contextmanager
+    def _first_layers(self, count: int) -> Iterator[None]:
+        """Run the decoder with its first layers only."""
+        parent, _, name = self.anatomy.layers.rpartition(".")
+        owner = self.anatomy.decoder(self.hf).get_submodule(parent)
+        layers = self.anatomy.decoder_layers(self.hf)
+        setattr(owner, name, nn.ModuleList(layers[:count]))
+        try:
+            yield
+        finally:
+            setattr(owner, name, layers)
 
     def _idle_vision(self) -> torch.Tensor:
         """Tower and projector on a dummy picture, as a zero: all ranks run and differentiate the same modules."""
@@ -134,6 +167,8 @@ class VisionLanguageNet(nn.Module):
                 f"{type(module).__name__} was not called with inputs_embeds=; this family needs its own seam"
             )
         kwargs = dict(kwargs)
+        if step.branches:
+            step.embeddings = kwargs["inputs_embeds"]
         kwargs["inputs_embeds"] = step.edited(kwargs["inputs_embeds"])
         see = step.sees(self.bidirectional_images)
         if see is not None:
@@ -163,6 +198,16 @@ class VisionLanguageNet(nn.Module):
     @contextlib.contextmanager
     def _active(self, step: Step) -> Iterator[None]:
         """Make ``step`` the one that hooks serve, and tap the layers it asks for."""
+        self._step = step
+        try:
+            with self._tapping(step):
+                yield
+        finally:
+            self._step = None
+
+    @contextlib.contextmanager
+    def _tapping(self, step: Step) -> Iterator[None]:
+        """Keep the output of the layers that ``step`` asks for."""
         layers = self.anatomy.decoder_layers(self.hf)
         handles = []
         for layer in sorted(step.taps - {FINAL}):
@@ -174,11 +219,9 @@ class VisionLanguageNet(nn.Module):
                 step.tapped.setdefault(layer, output[0] if isinstance(output, tuple) else output)
 
             handles.append(layers[layer - 1].register_forward_hook(keep))
-        self._step = step
         try:
             yield
         finally:
-            self._step = None
             for handle in handles:
                 handle.remove()
 

@@ -19,6 +19,27 @@ FINAL = -1
 """Tap after the final norm: what the LM head reads."""
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A second pass of some tokens alone through the first layers of the language model.
+
+    For a method that wants to know what the model makes of an image under other circumstances, while the text goes on as
+    if nothing had happened. W rows, M tokens.
+
+    Attributes:
+        positions: (W, M) int64 into the flattened (B * L) tokens of the micro-batch: whose embeddings (without any
+            method's edits) and position ids are taken; -1: padding.
+        layers: how many layers, 1 .. N.
+        visibility: who sees whom, fields (W, M).
+        edit: function of the embeddings (W, M, D), out of place.
+    """
+
+    positions: torch.Tensor
+    layers: int
+    visibility: Visibility
+    edit: Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass
 class Step:
     """One micro-batch on its way through the model. B rows, L tokens, D width.
@@ -31,6 +52,9 @@ class Step:
         visibility: attention terms set by methods, on top of the batch's own; see ``attention.Visibility``.
         taps: layers whose output is wanted: 1 .. N, or ``FINAL``.
         tapped: layer -> (B, L, D) hidden states, filled by the forward pass.
+        branches: method name -> a second pass; all ranks must ask for the same ones in every micro-batch.
+        branched: method name -> (W, M, D) output of the branch's last layer, filled by the forward pass.
+        embeddings: (B, L, D) before all edits, while there are branches.
     """
 
     batch: dict
@@ -39,6 +63,9 @@ class Step:
     visibility: dict[str, torch.Tensor] = field(default_factory=dict)
     taps: set[int] = field(default_factory=set)
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
+    branches: dict[str, Branch] = field(default_factory=dict)
+    branched: dict[str, torch.Tensor] = field(default_factory=dict)
+    embeddings: torch.Tensor | None = None
 
     def hide(self, positions: torch.Tensor) -> None:
         """Mark positions (B, L) bool whose visual content is replaced in this step."""

@@ -84,6 +84,7 @@ class VisionLanguageModel(ComposerModel):
         outputs = self.net(batch, step)
         # FSDP2 of newer torch hands the net a copy of the record; what it tapped comes back among the outputs.
         step.tapped.update({n: outputs[f"tap{n}"] for n in step.taps if f"tap{n}" in outputs})
+        step.branched.update({n: outputs[f"branch/{n}"] for n in step.branches if f"branch/{n}" in outputs})
         return outputs
 
     def loss(self, outputs: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:

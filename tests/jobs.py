@@ -130,6 +130,8 @@ def train(
     steps: int = 2,
     parallel: str = "ddp",
     packing: bool = False,
+    size: int = 16,
+    bidirectional: bool = False,
     algorithms: list[tuple[str, dict]] = (),
     trainable: dict[str, bool] | None = None,
     accumulate_on_tokens: bool = False,
@@ -144,8 +146,8 @@ def train(
     ``algorithms``: (``module:class``, keyword arguments). Returns losses, gradients, weights.
     """
     world, rank = dist.get_world_size(), dist.get_global_rank()
-    built = zoo.build(family, seed=1)
-    model = VisionLanguageModel(built.hf, built.processor)
+    built = zoo.build(family, seed=1, size=size)
+    model = VisionLanguageModel(built.hf, built.processor, bidirectional_images=bidirectional)
     set_trainable(model, trainable or {"vision_tower": False, "mm_projector": True, "language_model": True})
     device_batch = global_batch // world
     samples = mixed_samples(global_batch * steps) if samples is None else samples

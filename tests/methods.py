@@ -126,14 +126,26 @@ class Hide(VisionAlgorithm):
 class Bench:
     """A tiny model with a method, driven event by event without a Trainer: the method's own loss and gradients."""
 
-    def __init__(self, method: VisionAlgorithm, family: str = "llava", *, also: tuple[Any, ...] = ()):
-        built = zoo.build(family, seed=1)
+    def __init__(
+        self,
+        method: VisionAlgorithm,
+        family: str = "llava",
+        *,
+        also: tuple[Any, ...] = (),
+        size: int = 16,
+        bidirectional: bool = False,
+        template: str = "vicuna_v1",
+        max_seq_len: int = 400,
+    ):
+        built = zoo.build(family, seed=1, size=size)
         self.method, self.also = method, also
-        self.collator = jobs.collator(built)
-        self.model = VisionLanguageModel(built.hf, built.processor)
+        self.collator = jobs.collator(built, template, max_seq_len)
+        self.model = VisionLanguageModel(built.hf, built.processor, bidirectional_images=bidirectional)
+        loader = SimpleNamespace(collate_fn=self.collator, dataset=None)
         self.state: Any = SimpleNamespace(
-            model=self.model, optimizers=[], rank_zero_seed=3, train_dataloader=None
-        )
+            model=self.model, optimizers=[], rank_zero_seed=3, train_dataloader=loader,
+            timestamp=SimpleNamespace(batch=0),
+        )  # fmt: skip
         self.logger: Any = MagicMock()
         for event in ("init", "fit_start"):
             self._tell(event)

@@ -127,12 +127,12 @@ def llava(size: int = 16, **config: Any) -> Built:
     )
 
 
-def llava_next() -> Built:
+def llava_next(size: int = 16) -> Built:
     """LLaVA-NeXT: 16-pixel tiles, mosaics of 1x2, 2x1 and 2x2 tiles."""
-    pinpoints = [[16, 32], [32, 16], [32, 32]]
+    pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
     hf = LlavaNextForConditionalGeneration(
         LlavaNextConfig(
-            vision_config=_clip(16),
+            vision_config=_clip(size),
             text_config=LlamaConfig(**_text()),
             image_token_index=_id("<image>"),
             vision_feature_layer=-2,
@@ -140,7 +140,9 @@ def llava_next() -> Built:
         )
     )
     images = LlavaNextImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=pinpoints
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_grid_pinpoints=pinpoints,
     )
     return Built(
         hf,
@@ -162,8 +164,8 @@ class _QwenProcessor:
         self.image_processor, self.tokenizer = images, text
 
 
-def qwen2_5_vl() -> Built:
-    """Qwen2.5-VL: 4-pixel patches merged 2x2, native resolution, M-RoPE."""
+def qwen2_5_vl(size: int = 16) -> Built:
+    """Qwen2.5-VL: 4-pixel patches merged 2x2, native resolution (up to 2.5 x ``size`` squared), M-RoPE."""
     from transformers import Qwen2VLImageProcessor
 
     config = Qwen2_5_VLConfig(
@@ -190,18 +192,22 @@ def qwen2_5_vl() -> Built:
         vision_end_token_id=_id("<|vision_end|>"),
     )
     hf = Qwen2_5_VLForConditionalGeneration(config)
+    least, most = size * size, (5 * size // 2) ** 2
     images = Qwen2VLImageProcessor(
-        patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=16 * 16, max_pixels=40 * 40,
-        size={"shortest_edge": 16 * 16, "longest_edge": 40 * 40},
+        patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=least, max_pixels=most,
+        size={"shortest_edge": least, "longest_edge": most},
     )  # fmt: skip
     return Built(hf, _QwenProcessor(images, tokenizer()))
 
 
-def build(family: str, seed: int = 0) -> Built:
-    """A tiny model by Hugging Face model type; weights are a function of the seed."""
+def build(family: str, seed: int = 0, size: int = 16) -> Built:
+    """A tiny model by Hugging Face model type; weights are a function of the seed.
+
+    ``size``: pixels of a picture or tile; 32 gives 8x8 patches and more, on which blocks can be hidden.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = {"llava": llava, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl}[family]()
+        built = {"llava": llava, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl}[family](size)
         projector = getattr(built.hf.model, "multi_modal_projector", None)
         if projector is not None:  # visual tokens as loud as words, so that tests see an effect in few steps
             for layer in (projector.linear_1, projector.linear_2):

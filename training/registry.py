@@ -129,7 +129,11 @@ def _composer_schedulers() -> dict[str, Any]:
     return {**found, **{s: found[n] for n, s in short.items() if n in found}}
 
 
-METHODS = {"l2t": "opsin.algorithms.l2t:L2T", "ross": "opsin.algorithms.ross:ROSS"}
+METHODS = {
+    "l2t": "opsin.algorithms.l2t:L2T",
+    "ross": "opsin.algorithms.ross:ROSS",
+    "jarvis": "opsin.algorithms.jarvis:JARVIS",
+}
 """Opsin's own methods."""
 
 algorithms = Registry(

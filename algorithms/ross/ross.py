@@ -195,19 +195,8 @@ class ROSS(VisionAlgorithm):
         Raises:
             UserError: the model was not trained with ROSS, or with another head.
         """
-        make = self.prepare(model, seed)
-        if self.name not in model.saved_heads:
-            raise UserError("this model has no head of ross: it was trained without, or exported for use")
-        head = make()
-        try:
-            head.load_state_dict(model.saved_heads[self.name])
-        except RuntimeError as error:
-            raise UserError(
-                f"the stored head of ross has another shape: {str(error).splitlines()[-1]}"
-            ) from error
-        device = next(model.net.hf.parameters()).device
-        model.net.auxiliary[self.name] = head.to(device).eval()
-        self._shares = self._shares.to(device)
+        head = self.take_over(model, self.prepare(model, seed))
+        self._shares = self._shares.to(next(model.net.hf.parameters()).device)
         return head
 
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:

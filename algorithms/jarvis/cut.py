@@ -1,0 +1,78 @@
+"""What a micro-batch needs to know of its masks in numbers of the host's, worked out on the CPU when it is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .functional import on_tokens
+from .sampler import BLOCKS, CONTEXT
+
+CODE, WEIGHT = "patch/jarvis", "patch/jarvis_weight"
+"""Keys of a batch: codes (P,) int16 and weights in the loss (P,) float32 of all patches."""
+
+
+def cut(part: dict[str, Any], *, branch: bool, see_pretext: bool) -> dict[str, Any]:
+    """Indexes of a micro-batch.
+
+    Args:
+        part: the micro-batch, on the CPU, with :data:`CODE` and :data:`WEIGHT`.
+        branch: masked views run alone: also list their tokens.
+        see_pretext: ... with what precedes them in their document.
+
+    Returns:
+        ``jarvis/views`` (tuple of ordinals of views with targets), ``jarvis/targets`` (n,) int64 ordinals of target
+        patches, ``jarvis/among`` (n,) int64 their ordinals among the patches of those views alone, ``jarvis/weights``
+        (n,) float32; and with ``branch``: ``jarvis/branch`` (W, M) int64 positions into the flattened tokens, -1
+        padding, ``jarvis/branch_code`` (W, M) int16, ``jarvis/branch_at`` (n,) int64 targets in the flattened (W * M).
+    """
+    code, weight, view = part[CODE], part[WEIGHT], part["patch_view"]
+    targets = (weight > 0).nonzero().squeeze(1)
+    views = torch.unique(view[targets])
+    chosen = torch.zeros(len(part["view_row"]), dtype=torch.bool)
+    chosen[views] = True
+    among = chosen[view].cumsum(0) - 1
+    out = {
+        "jarvis/views": tuple(views.tolist()),
+        "jarvis/targets": targets,
+        "jarvis/among": among[targets],
+        "jarvis/weights": weight[targets],
+    }
+    if branch:
+        out.update(_branch(part, code, views, see_pretext))
+    return out
+
+
+def _branch(
+    part: dict[str, Any], code: torch.Tensor, views: torch.Tensor, see_pretext: bool
+) -> dict[str, torch.Tensor]:
+    """Tokens that predictions depend on, one masked view a row: its context and targets, no others."""
+    shape = part["input_ids"].shape
+    if not len(views):  # one token all the same: every rank runs the same layers
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return {
+            "jarvis/branch": torch.zeros(1, 1, dtype=torch.int64),
+            "jarvis/branch_code": torch.zeros(1, 1, dtype=torch.int16),
+            "jarvis/branch_at": nothing,
+        }
+    position = part["patch_position"]
+    token_code = on_tokens(code, position, shape, 0)
+    token_view = on_tokens(part["patch_view"], position, shape, -1)
+    row, length = part["view_row"][views], shape[1]
+    own = token_view[row] == views[:, None]  # (W, L)
+    code_of = torch.where(own, token_code[row], 0)
+    member = (code_of & (CONTEXT | BLOCKS)) != 0
+    if see_pretext:
+        before = torch.arange(length) < part["view_start"][views][:, None]
+        same = part["document_ids"][row] == part["view_document"][views][:, None]
+        member = member | (before & same & (part["branch_ids"][row] == 0) & (part["attention_mask"][row] > 0))
+    most = int(member.sum(1).max())
+    order = (~member).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    real = member.gather(1, order)
+    branch_code = torch.where(real, code_of.gather(1, order), 0)
+    return {
+        "jarvis/branch": torch.where(real, row[:, None] * length + order, -1),
+        "jarvis/branch_code": branch_code,
+        "jarvis/branch_at": ((branch_code & BLOCKS) != 0).flatten().nonzero().squeeze(1),
+    }
