@@ -1,0 +1,265 @@
+"""How well does a model predict what was hidden from it? JARVIS's predictions against what cheaper guesses reach.
+
+Features of a vision model share a large mean, so that a plain cosine is high for anybody who predicts that mean.
+Everything here is **centred**: the mean of the training pictures' features at the same place of the grid is taken away
+from prediction and target before the cosine is taken. The mean itself scores 0 by construction, and so does whoever knows
+the place and not the picture.
+
+Rows, all on the same hidden positions of held-out pictures:
+
+* ``jarvis``: the trained head;
+* ``mean``: the mean at that place;
+* ``nearest``: the target feature of the nearest context patch (which no model input holds);
+* ``linear_context``: ridge regression from the visual tokens of the context (their mean, the nearest one, where it lies);
+* ``linear_token``: ridge regression from the visual token *of the hidden place itself*, as the projector made it from the
+  whole picture: what its context leaks is at most this, and a model that saw the picture would start from it;
+* ``another``: JARVIS's predictions against another picture's features: what ignores the picture scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..algorithms.jarvis.functional import compared
+from ..algorithms.jarvis.jarvis import JARVIS
+from ..algorithms.jarvis.sampler import BLOCKS, CONTEXT
+from ..data.batch import split_batch, to_device
+from ..models.errors import UserError
+from ..models.vlm import VisionLanguageModel
+
+ROWS = ("jarvis", "mean", "nearest", "linear_context", "linear_token", "another")
+SEED = 0
+"""Masks depend on this and the sample alone: two runs are compared on the same hidden positions."""
+RIDGE = 1e-3
+"""Strength of the ridge, in units of the inputs' mean variance."""
+
+
+@dataclass
+class Seen:
+    """What a model makes of some pictures with one mask each, all on one grid of V patches. N pictures.
+
+    Attributes:
+        token: (N, V, D) visual tokens of the whole picture, before anything is hidden.
+        feature: (N, V, C) target features as the loss compares them.
+        predicted: (N, V, C) predictions where ``hidden``, else zeros; None when not asked for.
+        hidden, context: (N, V) bool.
+    """
+
+    token: torch.Tensor
+    feature: torch.Tensor
+    predicted: torch.Tensor | None
+    hidden: torch.Tensor
+    context: torch.Tensor
+
+
+@torch.no_grad()
+def look(model: VisionLanguageModel, jarvis: JARVIS, device_batch: dict[str, Any], predict: bool) -> Seen:
+    """Mask every view of a device batch (on the CPU), and run the model on it.
+
+    Raises:
+        UserError: the views have several grids, or some are too small for masks.
+    """
+    jarvis.enter(device_batch, always=True, seed=SEED)
+    batch = split_batch(device_batch, None, training=False)[0]
+    grids = set(batch["grids"])
+    if len(grids) != 1 or len(batch["jarvis/views"]) != len(batch["grids"]):
+        raise UserError(
+            "hidden features: needs pictures that the model cuts into one and the same grid, large enough for masks; "
+            f"got {' and '.join(f'{r}x{c}' for r, c in sorted(grids)) or 'no picture'}"
+        )
+    rows, columns = grids.pop()
+    batch = to_device(batch, next(model.net.hf.parameters()).device)
+    shape = (-1, rows * columns)
+    code = batch["patch/jarvis"].view(shape)
+    step = model.step(batch)
+    jarvis.ask(model, batch)
+    kept: dict[str, torch.Tensor] = {}
+    if jarvis.name in step.edits:
+        edit = step.edits[jarvis.name]
+        step.edits[jarvis.name] = lambda e: edit(kept.setdefault("embeddings", e))
+    else:
+        branch = step.branches[jarvis.name]
+        step.edits["hidden_features"] = lambda e: kept.setdefault("embeddings", e)
+        step.branches[jarvis.name] = branch
+    with model.net.autocast():
+        model(batch)
+        predicted = jarvis.predictions(model, batch) if predict else None
+    model.end_step()
+    feature = compared(jarvis.features(model, batch), jarvis.loss)
+    whole = None
+    if predicted is not None:
+        whole = torch.zeros_like(feature)
+        whole[batch["jarvis/targets"]] = compared(predicted, jarvis.loss) if jarvis.loss == "cosine" else predicted.float()
+        whole = whole.view(*code.shape, -1)
+    token = kept["embeddings"].flatten(0, 1)[batch["patch_position"]].float()
+    return Seen(
+        token.view(*code.shape, -1), feature.view(*code.shape, -1), whole, (code & BLOCKS) != 0, (code & CONTEXT) != 0
+    )
+
+
+def nearest_context(context: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Index of the nearest context patch of each patch, (N, V) int64; the first in raster order of several."""
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    at = torch.stack([row, column], -1).reshape(-1, 2).float().to(context.device)
+    distance = torch.cdist(at, at).round(decimals=4)[None].expand(len(context), -1, -1)
+    return distance.masked_fill(~context[:, None, :], torch.inf).argmin(-1)
+
+
+def _context_inputs(seen: Seen, grid: tuple[int, int]) -> torch.Tensor:
+    """(N, V, 2 D + 2): mean of the context's tokens, the nearest one, and how far it is."""
+    nearest = nearest_context(seen.context, grid)
+    share = seen.context.float() / seen.context.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.einsum("nv,nvd->nd", share, seen.token)[:, None].expand_as(seen.token)
+    close = seen.token.gather(1, nearest[..., None].expand_as(seen.token))
+    place = torch.arange(seen.context.shape[1], device=nearest.device)
+    away = torch.stack([nearest // grid[1] - place // grid[1], nearest % grid[1] - place % grid[1]], -1)
+    return torch.cat([mean, close, away.float()], -1)
+
+
+class Ridge:
+    """Linear regression with an intercept, fitted on what is added bit by bit."""
+
+    def __init__(self, inputs: int, outputs: int):
+        self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
+        self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """(n, inputs) and (n, outputs)."""
+        x = F.pad(x.double().cpu(), (0, 1), value=1.0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y.double().cpu()
+
+    def solve(self) -> Ridge:
+        """Fit; the intercept is not shrunk."""
+        strength = RIDGE * self.xx.diagonal()[:-1].mean()
+        shrink = torch.full((len(self.xx),), float(strength), dtype=torch.float64)
+        shrink[-1] = 0
+        self.w = torch.linalg.lstsq(self.xx + shrink.diag(), self.xy).solution
+        return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs) float32."""
+        return (F.pad(x.double().cpu(), (0, 1), value=1.0) @ self.w).float().to(x.device)
+
+
+@dataclass
+class Guesses:
+    """What the training pictures teach the cheap guesses: call :meth:`add` for each batch, then :meth:`finish`.
+
+    Two passes over the same batches: the mean first (``centred`` False), then the regressions around it.
+    """
+
+    grid: tuple[int, int]
+    total: torch.Tensor | None = None
+    pictures: int = 0
+    context: Ridge | None = None
+    token: Ridge | None = None
+    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def add_mean(self, seen: Seen) -> None:
+        """First pass."""
+        summed = seen.feature.double().sum(0).cpu()
+        self.total = summed if self.total is None else self.total + summed
+        self.pictures += len(seen.feature)
+        self.mean = (self.total / self.pictures).float()
+
+    def add(self, seen: Seen) -> None:
+        """Second pass."""
+        centred = seen.feature.cpu() - self.mean
+        hidden = seen.hidden.cpu()
+        width, dim = seen.token.shape[-1], centred.shape[-1]
+        if self.context is None or self.token is None:
+            self.context, self.token = Ridge(2 * width + 2, dim), Ridge(width, dim)
+        self.context.add(_context_inputs(seen, self.grid).cpu()[hidden], centred[hidden])
+        self.token.add(seen.token.cpu()[hidden], centred[hidden])
+
+    def finish(self) -> None:
+        """Solve the regressions."""
+        assert self.context is not None and self.token is not None
+        self.context.solve()
+        self.token.solve()
+
+
+@dataclass(frozen=True)
+class HiddenFeatures:
+    """Centred cosines: row -> (n,) float64, each picture's mean over its hidden positions."""
+
+    cosine: dict[str, np.ndarray]
+    positions: int
+    fitted_on: int
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Row -> mean over pictures and half of its 95 % interval."""
+        n = max(len(self.cosine["jarvis"]), 2)
+        return {
+            row: (float(values.mean()), float(1.96 * values.std(ddof=1) / n**0.5)) for row, values in self.cosine.items()
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = {row: {"centred_cosine": m, "half_95": h} for row, (m, h) in self.summary().items()}
+        return {"pictures": len(self.cosine["jarvis"]), "positions": self.positions, "fitted_on": self.fitted_on, "rows": rows}
+
+
+def measure(
+    model: VisionLanguageModel,
+    jarvis: JARVIS,
+    training: Iterable[dict[str, Any]],
+    held_out: Iterable[dict[str, Any]],
+) -> HiddenFeatures:
+    """The table.
+
+    Args:
+        model: in evaluation mode, with the trained head (``JARVIS.restore``).
+        jarvis: as it was trained.
+        training: device batches (CPU) that guesses are fitted on; walked through twice, so no generator.
+        held_out: device batches of other pictures, at least two pictures each.
+    """
+    guesses: Guesses | None = None
+    for batch in training:
+        seen = look(model, jarvis, dict(batch), predict=False)
+        if guesses is None:
+            rows, columns = (int(side) for side in batch["view_grid"][0])
+            guesses = Guesses((rows, columns))
+        guesses.add_mean(seen)
+    if guesses is None:
+        raise UserError("hidden features: no pictures to fit on")
+    for batch in training:
+        guesses.add(look(model, jarvis, dict(batch), predict=False))
+    guesses.finish()
+    found: dict[str, list[np.ndarray]] = {row: [] for row in ROWS}
+    positions = 0
+    for batch in held_out:
+        seen = look(model, jarvis, dict(batch), predict=True)
+        positions += int(seen.hidden.sum())
+        for row, values in _score(seen, guesses).items():
+            found[row].append(values)
+    if not found["jarvis"]:
+        raise UserError("hidden features: no held-out pictures")
+    return HiddenFeatures({row: np.concatenate(v) for row, v in found.items()}, positions, guesses.pictures)
+
+
+def _score(seen: Seen, guesses: Guesses) -> dict[str, np.ndarray]:
+    assert guesses.context is not None and guesses.token is not None and seen.predicted is not None
+    mean = guesses.mean.to(seen.feature.device)
+    wanted = seen.feature - mean
+    nearest = nearest_context(seen.context, guesses.grid)
+    own = seen.predicted - mean
+    said = {
+        "jarvis": own,
+        "mean": torch.zeros_like(wanted),
+        "nearest": seen.feature.gather(1, nearest[..., None].expand_as(seen.feature)) - mean,
+        "linear_context": guesses.context(_context_inputs(seen, guesses.grid)),
+        "linear_token": guesses.token(seen.token),
+    }
+    # Positions that count weigh alike within a picture, and pictures alike.
+    weight = seen.hidden.double() / seen.hidden.sum(1, keepdim=True).clamp(min=1)
+    scores = {row: F.cosine_similarity(value, wanted, dim=-1) for row, value in said.items()}
+    scores["another"] = F.cosine_similarity(own, wanted.roll(1, 0), dim=-1)
+    return {row: (value.double() * weight).sum(1).cpu().numpy() for row, value in scores.items()}
