@@ -14,8 +14,9 @@ from ...data.batch import split_batch, to_device
 from ...data.streaming import StreamingVLMDataset
 from ...models.errors import UserError
 from ..base import unwrap
+from ..strip import strip
 from .ross import ROSS
-from .sampling import conditions, reconstruct, strip, targets_shown
+from .sampling import conditions, reconstruct, targets_shown
 from .targets import Target
 
 
