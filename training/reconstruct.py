@@ -17,8 +17,9 @@ from rich.table import Table
 
 from ..algorithms.ross.diffusion import ignoring_the_condition
 from ..algorithms.ross.ross import ROSS
-from ..algorithms.ross.sampling import conditions, reconstruct, strip, targets_shown
+from ..algorithms.ross.sampling import conditions, reconstruct, targets_shown
 from ..algorithms.ross.targets import Target
+from ..algorithms.strip import strip
 from ..data.batch import split_batch, to_device
 from ..data.collate import VLMCollator
 from ..data.streaming import StreamingVLMDataset

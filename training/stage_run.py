@@ -16,6 +16,7 @@ from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from rich.console import Console
 
 from ..algorithms.base import VisionAlgorithm
+from ..algorithms.picture_strips import PictureStrips
 from ..data.collate import VLMCollator
 from ..data.streaming import StreamingVLMDataset
 from ..models.errors import UserError, nearest
@@ -112,6 +113,16 @@ def assert_sharded(trainer: Trainer) -> None:
         )
 
 
+def picture_folders(loaded: Loaded, stage_folder: Path) -> dict[str, dict[str, str]]:
+    """Where callbacks that draw strips write them in a stage, unless the configuration says so: keywords by name."""
+    made = {n: callback_registry.get(n, loaded.where("callbacks", n)) for n in loaded.run.callbacks}
+    return {
+        name: {"folder": str(stage_folder / make.folder_name)}
+        for name, make in made.items()
+        if isinstance(make, type) and issubclass(make, PictureStrips)
+    }
+
+
 def train_stage(
     loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console
 ) -> Finished:
@@ -162,7 +173,7 @@ def train_stage(
                 run.callbacks,
                 loaded.where,
                 "callbacks",
-                ross_pictures={"folder": str(stage_folder / "pictures")},
+                **picture_folders(loaded, stage_folder),
             ),
         ],
         loggers=[

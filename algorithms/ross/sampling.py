@@ -1,13 +1,11 @@
-"""From visual outputs back to pictures: sampling by diffusers' schedulers, and strips to look at."""
+"""From visual outputs back to pictures: sampling by diffusers' schedulers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from ...models.step import Step
@@ -16,9 +14,6 @@ from .diffusion import Objective
 from .functional import starting_noise
 from .ross import ROSS
 from .views import Views
-
-GAP, LABEL = 4, 16
-"""Pixels between pictures of a strip; height of its column titles."""
 
 
 @torch.no_grad()
@@ -101,37 +96,3 @@ def targets_shown(model: VisionLanguageModel, ross: ROSS, batch: dict[str, Any])
     moments = target.moments(model.pictures(batch), batch["grids"])
     noise = torch.zeros(len(views.view), target.dim, device=moments.device) if target.draws else None
     return decoded(ross, target.draw(moments, noise), batch["grids"])
-
-
-def strip(columns: Mapping[str, Sequence[torch.Tensor]], side: int = 128) -> Image.Image:
-    """One row a view, one titled column a kind of picture.
-
-    Args:
-        columns: title -> pictures (3, h, w) in [0, 1], as many in each.
-        side: pixels of the longer side as shown.
-    """
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    heights = [max(round(side * p.shape[1] / max(p.shape[1:])) for p in row) for row in rows]
-    sheet = Image.new(
-        "RGB",
-        (len(columns) * (side + GAP) + GAP, sum(heights) + GAP * (len(rows) + 1) + LABEL),
-        (250, 250, 248),
-    )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for c, title in enumerate(columns):
-        draw.text((GAP + c * (side + GAP), 2), title, fill=(40, 40, 40), font=font)
-    top = LABEL + GAP
-    for row, height in zip(rows, heights, strict=True):
-        for c, picture in enumerate(row):
-            scale = side / max(picture.shape[1:])
-            shown = Image.fromarray(as_array(picture)).resize(
-                (round(picture.shape[2] * scale), round(picture.shape[1] * scale)), Image.Resampling.NEAREST
-            )
-            sheet.paste(shown, (GAP + c * (side + GAP), top))
-        top += height + GAP
-    return sheet
-
-
-def as_array(picture: torch.Tensor) -> np.ndarray:
-    """(3, h, w) in [0, 1] -> (h, w, 3) uint8."""
-    return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
