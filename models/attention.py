@@ -10,6 +10,9 @@ import torch
 from .errors import UserError
 from .visibility import Visibility, of_tokens, queries_and_keys, rule
 
+CPU_PIECE = 1 << 18
+"""Elements of a mask that a CPU makes at a time."""
+
 
 def allow(see: Visibility, b: Any, q: Any, k: Any) -> torch.Tensor:
     """Whether query ``q`` of row ``b`` may attend to key ``k``; indices broadcast against each other."""
@@ -18,13 +21,19 @@ def allow(see: Visibility, b: Any, q: Any, k: Any) -> torch.Tensor:
 
 def dense(see: Visibility) -> torch.Tensor:
     """(B, 1, L, L) bool, True where allowed: the form that ``sdpa`` takes."""
-    position = torch.arange(see.valid.shape[1], device=see.valid.device)
+    batch, length = see.valid.shape
+    position = torch.arange(length, dtype=torch.int32, device=see.valid.device)
     query, key = queries_and_keys(see)
     # Views, not indices: gathering would write each field as large as the mask.
-    atoms = of_tokens(
-        query.map(lambda x: x[:, :, None]), key.map(lambda x: x[:, None, :]), position[:, None], position
-    )
-    return rule(atoms).unsqueeze(1)
+    key = key.map(lambda x: x[:, None, :])
+    # On a CPU, in pieces that stay in its cache: fresh pages for a dozen intermediate masks cost more than the rule.
+    step = max(1, CPU_PIECE // (batch * length)) if see.valid.device.type == "cpu" else length
+    out = torch.empty(batch, length, length, dtype=torch.bool, device=see.valid.device)
+    for start in range(0, length, step):
+        rows = slice(start, start + step)
+        some = query.map(lambda x, rows=rows: x[:, rows, None])
+        out[:, rows] = rule(of_tokens(some, key, position[rows, None], position))
+    return out.unsqueeze(1)
 
 
 def additive(see: Visibility, dtype: torch.dtype) -> torch.Tensor:

@@ -186,15 +186,15 @@ def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> A
     """
 
     def same(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-        return None if a is None or b is None else ~(a ^ b).bool()
+        return None if a is None or b is None else ~(b ^ a).bool()
 
     return Atoms(
         causal=k <= q,
         itself=q == k,
-        flags=query.flags & key.flags,
-        document=~(query.document ^ key.document).bool(),
-        branch=~(query.branch ^ key.branch).bool(),
+        flags=key.flags & query.flags,
+        document=~(key.document ^ query.document).bool(),
+        branch=~(key.branch ^ query.branch).bool(),
         image=same(query.image, key.image),
         scope=same(query.scope, key.scope),
-        group=None if query.groups is None or key.groups is None else (query.groups & key.groups).bool(),
+        group=None if query.groups is None or key.groups is None else (key.groups & query.groups).bool(),
     )
