@@ -1,0 +1,200 @@
+"""Who may look at whom: per-token data and the one predicate over them.
+
+:func:`rule` is the predicate. It is a monotone formula (no "not") of a few elementary statements about a query and
+a key, :class:`Atoms`: the key does not come later, both belong to one document, and so on. What the atoms are
+about is left open: about two tokens, the formula is the attention mask; about two blocks of tokens (some pair of
+them may fulfil it; all pairs must), it is FlexAttention's block mask. No form can therefore disagree with another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Per-token data from which :func:`rule` decides. Every tensor is (B, L); small dtypes are faster.
+
+    Attributes:
+        valid: bool, False for padding.
+        document: int, documents packed into one row do not see each other.
+        branch: int, 0 for a document's trunk; branches (independent questions) see trunk and themselves.
+        image: int, ordinal of the image within its row, -1 for text.
+        bidirectional: bool, image tokens with True see all tokens of their own image; None: all causal.
+        closed: bool, queries that see nothing but, within their scope, ``context`` tokens and tokens that
+            share one of their group bits, and ``preceding`` tokens; not even themselves, unless one of these
+            says so. Whoever fills it leaves each closed query something to see: a softmax over nothing is
+            NaN. Padding is never closed. None: no such queries. Needs ``context`` and ``group_bits``.
+        context: bool, tokens that closed queries of the same scope see.
+        group_bits: int, groups a token belongs to, one bit each. uint8 where eight are enough: with int64 a
+            dense mask takes several times as long.
+        hidden: bool, image tokens that no open query sees (closed queries go by ``context`` and groups).
+        scope: int, what closed queries see through ``context`` and groups shares their scope (one picture may
+            have two views, each masked on its own); -1: none. None: the image ordinal.
+        preceding: bool, tokens that closed queries see besides where they come first (``k <= q``), whatever
+            their scope: the text before a picture. None: none.
+    """
+
+    valid: torch.Tensor
+    document: torch.Tensor
+    branch: torch.Tensor
+    image: torch.Tensor
+    bidirectional: torch.Tensor | None = None
+    closed: torch.Tensor | None = None
+    context: torch.Tensor | None = None
+    group_bits: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    scope: torch.Tensor | None = None
+    preceding: torch.Tensor | None = None
+
+    def with_terms(self, **terms: torch.Tensor) -> Visibility:
+        """The same, with some of the optional fields set."""
+        return replace(self, **terms)
+
+    def to(self, device: torch.device) -> Visibility:
+        """The same on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Visibility(**{name: value.to(device) for name, value in moved.items() if value is not None})
+
+
+# Flags of a pair: a flag is up where the query asks for it and the key offers it.
+CAUSAL = 1  # open query, key not hidden: seen where it does not come later
+PRECEDING = 2  # closed query, preceding key: the same
+IMAGE = 4  # open bidirectional query, key not hidden: seen within one image
+CONTEXT = 8  # closed query, context key: seen within one scope
+ITSELF = 16  # open query: sees itself, whatever else holds
+TRUNK = 32  # key in a trunk: seen by all branches
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What :func:`rule` wants to know of each token in one role, query or key; all (B, L).
+
+    Attributes:
+        flags: uint8, what a query asks for, or what a key offers.
+        document, branch: int.
+        image: int; None where no query is bidirectional.
+        scope: int; None where no query is closed.
+        groups: int, bits; no bit for queries that go by no groups, and for padded keys. None like ``scope``.
+    """
+
+    flags: torch.Tensor
+    document: torch.Tensor
+    branch: torch.Tensor
+    image: torch.Tensor | None
+    scope: torch.Tensor | None
+    groups: torch.Tensor | None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
+        """The same with each tensor changed."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Tokens(**{name: None if value is None else change(value) for name, value in tensors.items()})
+
+
+def _flags(like: torch.Tensor, up: dict[int, torch.Tensor | bool]) -> torch.Tensor:
+    out = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+    for flag, where in up.items():
+        out = out + flag * where if isinstance(where, bool) else out + where.to(torch.uint8) * flag
+    return out
+
+
+def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
+    """Ordinals fit in 32 bits; what is made of them is as large as a mask."""
+    return ordinal.int() if ordinal.dtype == torch.int64 else ordinal
+
+
+def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
+    """Every token as query and as key. All that concerns one token is decided here, at the cost of O(B * L)."""
+    ordinals = {"document": _narrow(see.document), "branch": _narrow(see.branch)}
+    image, scope, groups = see.image, see.image if see.scope is None else see.scope, see.group_bits
+    shown = see.valid if see.hidden is None else see.valid & ~see.hidden
+    asks: dict[int, torch.Tensor | bool] = {CAUSAL: True, ITSELF: True, TRUNK: True}
+    offers: dict[int, torch.Tensor | bool] = {CAUSAL: shown, ITSELF: True, TRUNK: see.branch == 0}
+    if see.bidirectional is not None:
+        asks[IMAGE], offers[IMAGE] = see.bidirectional & (image >= 0), shown
+    of_queries = of_keys = None
+    if see.closed is not None:
+        assert see.context is not None and groups is not None, "closed queries need context and group_bits"
+        scoped = see.closed & (scope >= 0)
+        asks[CAUSAL] = asks[ITSELF] = ~see.closed
+        asks[CONTEXT], offers[CONTEXT] = scoped, see.valid & see.context
+        if see.bidirectional is not None:
+            asks[IMAGE] = asks[IMAGE] & ~see.closed
+        if see.preceding is not None:
+            asks[PRECEDING], offers[PRECEDING] = see.closed, see.valid & see.preceding
+        of_queries, of_keys = groups.masked_fill(~scoped, 0), groups.masked_fill(~see.valid, 0)
+    ordinals["image"] = None if see.bidirectional is None else _narrow(image)
+    ordinals["scope"] = None if see.closed is None else _narrow(scope)
+    return (
+        Tokens(flags=_flags(see.valid, asks), groups=of_queries, **ordinals),
+        Tokens(flags=_flags(see.valid, offers), groups=of_keys, **ordinals),
+    )
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """Elementary statements about a query and a key (or two blocks); shapes broadcast against each other.
+
+    Attributes:
+        causal: bool, the key does not come later.
+        itself: bool, query and key are one token.
+        flags: uint8, flags that the query asks for and the key offers.
+        document, branch, image, scope: bool, both have the same; ``image`` and ``scope`` as in :class:`Tokens`.
+        group: bool, both belong to one group; None like ``scope``.
+    """
+
+    causal: torch.Tensor
+    itself: torch.Tensor
+    flags: torch.Tensor
+    document: torch.Tensor
+    branch: torch.Tensor
+    image: torch.Tensor | None
+    scope: torch.Tensor | None
+    group: torch.Tensor | None
+
+
+def rule(atoms: Atoms) -> torch.Tensor:
+    """Whether the query may attend to the key: the predicate.
+
+    Packed documents follow their own causal order; images may be bidirectional; closed queries are those of
+    a masked-prediction method (JARVIS fact sheet, section 3.3, is one filling of these fields). Every other
+    token, padding too, may always look at itself, so that no softmax runs over nothing.
+
+    It must stay monotone in its atoms: block masks rest on that.
+    """
+
+    def up(flags: int) -> torch.Tensor:
+        return (atoms.flags & flags).bool()
+
+    seen = atoms.causal & up(CAUSAL | PRECEDING)
+    if atoms.image is not None:
+        seen = seen | (atoms.image & up(IMAGE))
+    if atoms.scope is not None:
+        assert atoms.group is not None
+        seen = seen | (atoms.scope & (atoms.group | up(CONTEXT)))
+    seen = seen & atoms.document & (atoms.branch | up(TRUNK))
+    return seen | (atoms.itself & up(ITSELF))
+
+
+def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> Atoms:
+    """The atoms about single tokens at positions ``q`` and ``k``; everything broadcasts against each other.
+
+    Equality is written with "xor": with a broadcast side it is several times faster than ``==`` on a CPU.
+    """
+
+    def same(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        return None if a is None or b is None else ~(b ^ a).bool()
+
+    return Atoms(
+        causal=k <= q,
+        itself=q == k,
+        flags=key.flags & query.flags,
+        document=~(key.document ^ query.document).bool(),
+        branch=~(key.branch ^ query.branch).bool(),
+        image=same(query.image, key.image),
+        scope=same(query.scope, key.scope),
+        group=None if query.groups is None or key.groups is None else (key.groups & query.groups).bool(),
+    )
