@@ -40,9 +40,6 @@ from .heads import HEADS, JarvisHead
 from .sampler import BLOCKS, MASKED, fits, mask_config, sample_masks
 from .targets import check_target, make_target
 
-DINO = {"name": "features", "path": "facebook/dinov2-large"}
-"""The paper's target."""
-
 _MASK, _COIN, _BATCH = 0, 1, 2
 """Streams of random numbers."""
 
@@ -137,7 +134,7 @@ class JARVIS(VisionAlgorithm):
         if self.masks is None and (hide_unused or see_pretext):
             key = "hide_unused" if hide_unused else "see_pretext"
             raise UserError(f"algorithms.jarvis.{key}: there is nothing to hide with masks: none")
-        self.target_spec: str | Mapping[str, Any] = DINO if target is None else target
+        self.target_spec: str | Mapping[str, Any] = "features" if target is None else target
         check_target(self.target_spec)
         self.weight, self.head, self.layer, self.loss, self.weighting = (
             float(weight),
@@ -245,8 +242,9 @@ class JARVIS(VisionAlgorithm):
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Check the features that the dataset brings; see whether there are questions."""
         loader: Any = state.train_dataloader
-        identity = self.built_target.identity if self.stored != "ignore" else ""
-        self._take_stored = use_stored(loader, self.name, self.stored, identity, "algorithms.jarvis")
+        self._take_stored = use_stored(
+            loader, self.name, self.stored, self.built_target.identity, "algorithms.jarvis", "opsin data features"
+        )
         encoder = getattr(getattr(loader, "collate_fn", None), "encoder", None)
         plain = getattr(getattr(encoder, "template", None), "name", None) == "plain"
         unmasked = self.text_loss == "unmasked" or (self.text_loss == "auto" and not plain)
