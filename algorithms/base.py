@@ -129,6 +129,14 @@ class VisionAlgorithm(Algorithm):
             state.optimizers[0].add_param_group({"params": parameters, "part": "auxiliary", **options})
         return head
 
+    def restore(self, model: VisionLanguageModel, seed: int = 0) -> nn.Module:
+        """What this method needs outside a Trainer to look at a finished model: its trained head, usually.
+
+        Raises:
+            UserError: the method has none, or the model was trained without it.
+        """
+        raise UserError(f"{self.name} leaves nothing beside the model itself")
+
     def take_over(self, model: VisionLanguageModel, make: Callable[[], nn.Module]) -> nn.Module:
         """Trained head of a finished model, outside a Trainer; ``model.saved_heads`` has the weights.
 

@@ -141,7 +141,7 @@ def split_batch(
     first_patch = torch.cat([torch.zeros(1, dtype=torch.int64), batch["view_grid"].prod(1).cumsum(0)])
     per_row = [*_PER_TOKEN, *_PER_ROW, *_added(batch)]
     per_patch = [COLUMN] * (COLUMN in batch) + sorted(k for k in batch if k.startswith(_PATCH))
-    cuts = [batch[key] for key in sorted(batch) if key.startswith(CUT)]
+    cuts: list[Any] = [batch[key] for key in sorted(batch) if key.startswith(CUT)]
     micro = []
     for start, end in pairwise(starts):
         row = slice(start, end)

@@ -95,11 +95,17 @@ def look(model: VisionLanguageModel, jarvis: JARVIS, device_batch: dict[str, Any
     whole = None
     if predicted is not None:
         whole = torch.zeros_like(feature)
-        whole[batch["jarvis/targets"]] = compared(predicted, jarvis.loss) if jarvis.loss == "cosine" else predicted.float()
+        whole[batch["jarvis/targets"]] = (
+            compared(predicted, jarvis.loss) if jarvis.loss == "cosine" else predicted.float()
+        )
         whole = whole.view(*code.shape, -1)
     token = kept["embeddings"].flatten(0, 1)[batch["patch_position"]].float()
     return Seen(
-        token.view(*code.shape, -1), feature.view(*code.shape, -1), whole, (code & BLOCKS) != 0, (code & CONTEXT) != 0
+        token.view(*code.shape, -1),
+        feature.view(*code.shape, -1),
+        whole,
+        (code & BLOCKS) != 0,
+        (code & CONTEXT) != 0,
     )
 
 
@@ -198,13 +204,19 @@ class HiddenFeatures:
         """Row -> mean over pictures and half of its 95 % interval."""
         n = max(len(self.cosine["jarvis"]), 2)
         return {
-            row: (float(values.mean()), float(1.96 * values.std(ddof=1) / n**0.5)) for row, values in self.cosine.items()
+            row: (float(values.mean()), float(1.96 * values.std(ddof=1) / n**0.5))
+            for row, values in self.cosine.items()
         }
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         rows = {row: {"centred_cosine": m, "half_95": h} for row, (m, h) in self.summary().items()}
-        return {"pictures": len(self.cosine["jarvis"]), "positions": self.positions, "fitted_on": self.fitted_on, "rows": rows}
+        return {
+            "pictures": len(self.cosine["jarvis"]),
+            "positions": self.positions,
+            "fitted_on": self.fitted_on,
+            "rows": rows,
+        }
 
 
 def measure(

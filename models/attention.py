@@ -45,9 +45,7 @@ def additive(see: Visibility, dtype: torch.dtype) -> torch.Tensor:
 def mask_mod(see: Visibility) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
     """The predicate as FlexAttention's ``mask_mod(batch, head, query, key)``."""
     query, key = queries_and_keys(see)
-    return lambda b, h, q, k: rule(
-        of_tokens(query.map(lambda x: x[b, q]), key.map(lambda x: x[b, k]), q, k)
-    )
+    return lambda b, h, q, k: rule(of_tokens(query.map(lambda x: x[b, q]), key.map(lambda x: x[b, k]), q, k))
 
 
 def block_mask(see: Visibility, block_size: int = 128) -> Any:

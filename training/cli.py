@@ -192,6 +192,22 @@ def reconstruct(
     )
 
 
+@app.command("hidden-features")
+def hidden_features_(
+    run: Annotated[str, typer.Argument(help="Run folder; one of its stages was trained with jarvis.")],
+    remote: Annotated[str | None, typer.Option(help="Held-out pictures instead of the run's own.")] = None,
+    training: Annotated[
+        str | None, typer.Option(help="Pictures that guesses are fitted on, instead of the stage's own.")
+    ] = None,
+    fit: Annotated[int, typer.Option(help="How many of them.")] = 2000,
+    limit: Annotated[int, typer.Option(help="Held-out pictures to measure on.")] = 512,
+) -> None:
+    """JARVIS: its predictions of hidden patches against cheaper guesses, as centred cosines."""
+    from .hidden_features import hidden_features
+
+    hidden_features(Path(run), remote, training=training, fit=fit, limit=limit, console=Console())
+
+
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],

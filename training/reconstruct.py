@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,8 +20,6 @@ from ..algorithms.ross.sampling import conditions, reconstruct, targets_shown
 from ..algorithms.ross.targets import Target
 from ..algorithms.strip import strip
 from ..data.batch import split_batch, to_device
-from ..data.collate import VLMCollator
-from ..data.streaming import StreamingVLMDataset
 from ..evaluation.condition_gain import (
     CONDITIONS,
     ConditionCurve,
@@ -31,34 +28,16 @@ from ..evaluation.condition_gain import (
     others,
 )
 from ..models.errors import UserError
-from ..models.export import load_model
-from ..models.vlm import VisionLanguageModel
-from .builders import algorithms_of_stage
-from .config import Loaded
-from .finished import open_run
-from .run_folder import RunFolder, write_atomically
+from .opened import OpenedMethod, distinct_pictures, open_method
+from .run_folder import write_atomically
 from .schema import DatasetConfig
 from .scoring import with_dataset
-from .stage_data import build_collator
-from .stages import Stage
 
 BATCH = 32
 """Pictures looked at together; each one's other picture is the next of the same batch."""
 
 SAMPLED = 32
 """Pictures that are reconstructed for the PSNR, or as many as there are."""
-
-
-@dataclass
-class Opened:
-    """A finished run with its head of ROSS, and how it encodes samples."""
-
-    folder: RunFolder
-    loaded: Loaded
-    stage: Stage
-    model: VisionLanguageModel
-    ross: ROSS
-    collator: VLMCollator
 
 
 def reconstruct_run(
@@ -101,7 +80,9 @@ def reconstruct_run(
     source = evaluation.dataset if remote is None and evaluation is not None else DatasetConfig(remote=remote)
     # Stored targets belong to another model's patches, perhaps; here the pictures themselves are measured.
     source = replace(source, shuffle=False, patch_targets="ignore")
-    samples = with_dataset(source, one.loaded.run.seed, lambda data: list(islice(_distinct(data), limit)))
+    samples = with_dataset(
+        source, one.loaded.run.seed, lambda data: list(islice(distinct_pictures(data), limit))
+    )
     if len(samples) < 2:
         raise UserError(f"{source.remote}: needs two different pictures or more")
     record: dict[str, Any] = {
@@ -110,7 +91,7 @@ def reconstruct_run(
         "data": source.remote,
     }
     curve = None
-    if one.ross.objective.decoded:
+    if one.method.objective.decoded:
         console.print("objective decoded_mse: no curve, it has no latents to compare; see the strip")
     else:
         curve = _measure(one, samples, times)
@@ -129,7 +110,7 @@ def reconstruct_run(
         )
         record["against"] = {"run": other.loaded.run.run_name, **second.as_dict()}
         record["difference"], record["difference_95"] = difference, half
-    if pictures and type(one.ross.built_target).decode is not Target.decode:
+    if pictures and type(one.method.built_target).decode is not Target.decode:
         sampled = sample(one, samples[: max(2, pictures, SAMPLED)], steps)
         record["psnr_dB"] = sampled.psnr()
         said = ", ".join(f"{name} {value:.1f}" for name, value in record["psnr_dB"].items())
@@ -140,47 +121,35 @@ def reconstruct_run(
     return curve
 
 
-def _refuse_other_kind(one: Opened, other: Opened) -> None:
+def _refuse_other_kind(one: OpenedMethod[ROSS], other: OpenedMethod[ROSS]) -> None:
     """Losses of another objective, target or schedule are other quantities."""
     for what in (
         lambda ross: ("objective", ross.objective.name),
         lambda ross: ("target", ross.built_target.identity),
         lambda ross: ("timesteps", ross.timesteps),
     ):
-        (key, ours), (_, theirs) = what(one.ross), what(other.ross)
+        (key, ours), (_, theirs) = what(one.method), what(other.method)
         if ours != theirs:
             raise UserError(
                 f"--against {other.folder.path}: its ross.{key} is '{theirs}', this run's is '{ours}': nothing to compare"
             )
 
 
-def _open(path: Path) -> Opened:
-    loaded, stage, folder = open_run(path)
-    ross = algorithms_of_stage(loaded, stage.name, stage.config).get(ROSS.name)
-    if not isinstance(ross, ROSS) or ross.is_off():
-        raise UserError(f"{path}: stage {stage.name} was trained without ross")
-    model = load_model(
-        folder.stage(stage.name) / "model",
-        bidirectional_images=loaded.run.model.get("bidirectional_images"),
-        attn_implementation=loaded.run.model.get("attn_implementation"),
-    ).eval()
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    ross.restore(model, loaded.run.seed)
-    collator = build_collator(model, stage, stage.config.train_loader)
-    return Opened(folder, loaded, stage, model, ross, collator)
+def _open(path: Path) -> OpenedMethod[ROSS]:
+    return open_method(path, ROSS, last=True)
 
 
-def _measure(run: Opened, samples: list[dict[str, Any]], times: int) -> ConditionCurve:
-    if run.ross.objective.noisy and times > run.ross.timesteps:
-        raise UserError(f"--times {times}: the schedule has {run.ross.timesteps}")
-    grid = [int((i + 0.5) * run.ross.timesteps / times) for i in range(times)]
+def _measure(run: OpenedMethod[ROSS], samples: list[dict[str, Any]], times: int) -> ConditionCurve:
+    if run.method.objective.noisy and times > run.method.timesteps:
+        raise UserError(f"--times {times}: the schedule has {run.method.timesteps}")
+    grid = [int((i + 0.5) * run.method.timesteps / times) for i in range(times)]
     # A last batch of one picture would have no other picture: it joins the one before.
     starts = list(range(0, len(samples), BATCH))
     if len(samples) - starts[-1] == 1 and len(starts) > 1:
         starts.pop()
     ends = [*starts[1:], len(samples)]
     batches = (_batch(run, samples[a:b]) for a, b in zip(starts, ends, strict=True))
-    return condition_curve(run.model, run.ross, batches, grid)
+    return condition_curve(run.model, run.method, batches, grid)
 
 
 @dataclass
@@ -206,10 +175,10 @@ class Sampled:
         return {**found, "the mean picture": float(np.mean([_psnr(mean, p) for p in alike]))}
 
 
-def sample(run: Opened, samples: list[dict[str, Any]], steps: int) -> Sampled:
+def sample(run: OpenedMethod[ROSS], samples: list[dict[str, Any]], steps: int) -> Sampled:
     """Views of some samples as the target reads them, what the target keeps, and what is sampled under each condition."""
     batch = _batch(run, samples)
-    model, ross = run.model, run.ross
+    model, ross = run.model, run.method
     right = conditions(model, ross, batch)
     source, used = others(batch["grids"])
     shown = {"right": right, "another's": right[source.to(right.device)], "zero": torch.zeros_like(right)}
@@ -224,17 +193,7 @@ def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return -10 * math.log10(max(float((a - b).square().mean()), 1e-12))
 
 
-def _distinct(dataset: StreamingVLMDataset) -> Iterator[dict[str, Any]]:
-    """Samples with pictures that were not seen before."""
-    seen = set()
-    for i in range(dataset.num_samples):
-        sample = dataset[i]
-        if len(sample["images"]) > 4 and sample["images"] not in seen:
-            seen.add(sample["images"])
-            yield sample
-
-
-def _batch(run: Opened, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _batch(run: OpenedMethod[ROSS], samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch = split_batch(run.collator(samples), None, training=False)[0]
     return to_device(batch, next(run.model.net.hf.parameters()).device)
 

@@ -243,7 +243,12 @@ class JARVIS(VisionAlgorithm):
         """Check the features that the dataset brings; see whether there are questions."""
         loader: Any = state.train_dataloader
         self._take_stored = use_stored(
-            loader, self.name, self.stored, self.built_target.identity, "algorithms.jarvis", "opsin data features"
+            loader,
+            self.name,
+            self.stored,
+            self.built_target.identity,
+            "algorithms.jarvis",
+            "opsin data features",
         )
         encoder = getattr(getattr(loader, "collate_fn", None), "encoder", None)
         plain = getattr(getattr(encoder, "template", None), "name", None) == "plain"
