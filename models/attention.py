@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from . import blocks
 from .errors import UserError
-from .visibility import Visibility, of_tokens, queries_and_keys, rule
+from .visibility import Tokens, Visibility, of_tokens, queries_and_keys, rule
 
 CPU_PIECE = 1 << 18
 """Elements of a mask that a CPU makes at a time."""
@@ -42,22 +43,22 @@ def additive(see: Visibility, dtype: torch.dtype) -> torch.Tensor:
     return dense(see).to(dtype).sub_(1).mul_(torch.finfo(dtype).max)
 
 
+def _mask_mod(query: Tokens, key: Tokens) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
+    return lambda b, h, q, k: rule(of_tokens(query.map(lambda x: x[b, q]), key.map(lambda x: x[b, k]), q, k))
+
+
 def mask_mod(see: Visibility) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
     """The predicate as FlexAttention's ``mask_mod(batch, head, query, key)``."""
-    query, key = queries_and_keys(see)
-    return lambda b, h, q, k: rule(
-        of_tokens(query.map(lambda x: x[b, q]), key.map(lambda x: x[b, k]), q, k)
-    )
+    return _mask_mod(*queries_and_keys(see))
 
 
 def block_mask(see: Visibility, block_size: int = 128) -> Any:
-    """FlexAttention's BlockMask; nothing of size L * L is written."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """FlexAttention's BlockMask; nothing of size L * L is written, nor is the device waited for.
 
-    batch, length = see.valid.shape
-    return create_block_mask(
-        mask_mod(see), batch, None, length, length, device=str(see.valid.device), BLOCK_SIZE=block_size
-    )
+    Blocks that it leaves out are empty, and those that it calls full are; some it keeps may be empty.
+    """
+    query, key = queries_and_keys(see)
+    return blocks.block_mask(query, key, _mask_mod(query, key), block_size)
 
 
 def is_plain(batch: dict[str, torch.Tensor]) -> bool:

@@ -66,7 +66,6 @@ PRECEDING = 2  # closed query, preceding key: the same
 IMAGE = 4  # open bidirectional query, key not hidden: seen within one image
 CONTEXT = 8  # closed query, context key: seen within one scope
 ITSELF = 16  # open query: sees itself, whatever else holds
-TRUNK = 32  # key in a trunk: seen by all branches
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class Tokens:
     Attributes:
         flags: uint8, what a query asks for, or what a key offers.
         document, branch: int.
+        off_trunk: int like ``branch``: all bits in branches, none in a trunk.
         image: int; None where no query is bidirectional.
         scope: int; None where no query is closed.
         groups: int, bits; no bit for queries that go by no groups, and for padded keys. None like ``scope``.
@@ -84,6 +84,7 @@ class Tokens:
     flags: torch.Tensor
     document: torch.Tensor
     branch: torch.Tensor
+    off_trunk: torch.Tensor
     image: torch.Tensor | None
     scope: torch.Tensor | None
     groups: torch.Tensor | None
@@ -108,11 +109,13 @@ def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
 
 def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
     """Every token as query and as key. All that concerns one token is decided here, at the cost of O(B * L)."""
-    ordinals = {"document": _narrow(see.document), "branch": _narrow(see.branch)}
+    branch = _narrow(see.branch)
+    ordinals: dict[str, torch.Tensor | None] = {"document": _narrow(see.document), "branch": branch}
+    ordinals["off_trunk"] = -(branch != 0).to(branch.dtype)
     image, scope, groups = see.image, see.image if see.scope is None else see.scope, see.group_bits
     shown = see.valid if see.hidden is None else see.valid & ~see.hidden
-    asks: dict[int, torch.Tensor | bool] = {CAUSAL: True, ITSELF: True, TRUNK: True}
-    offers: dict[int, torch.Tensor | bool] = {CAUSAL: shown, ITSELF: True, TRUNK: see.branch == 0}
+    asks: dict[int, torch.Tensor | bool] = {CAUSAL: True, ITSELF: True}
+    offers: dict[int, torch.Tensor | bool] = {CAUSAL: shown, ITSELF: True}
     if see.bidirectional is not None:
         asks[IMAGE], offers[IMAGE] = see.bidirectional & (image >= 0), shown
     of_queries = of_keys = None
@@ -142,15 +145,15 @@ class Atoms:
         causal: bool, the key does not come later.
         itself: bool, query and key are one token.
         flags: uint8, flags that the query asks for and the key offers.
-        document, branch, image, scope: bool, both have the same; ``image`` and ``scope`` as in :class:`Tokens`.
+        together: bool, one document, and the key in its trunk or in the query's branch.
+        image, scope: bool, both have the same; None as in :class:`Tokens`.
         group: bool, both belong to one group; None like ``scope``.
     """
 
     causal: torch.Tensor
     itself: torch.Tensor
     flags: torch.Tensor
-    document: torch.Tensor
-    branch: torch.Tensor
+    together: torch.Tensor
     image: torch.Tensor | None
     scope: torch.Tensor | None
     group: torch.Tensor | None
@@ -175,26 +178,28 @@ def rule(atoms: Atoms) -> torch.Tensor:
     if atoms.scope is not None:
         assert atoms.group is not None
         seen = seen | (atoms.scope & (atoms.group | up(CONTEXT)))
-    seen = seen & atoms.document & (atoms.branch | up(TRUNK))
-    return seen | (atoms.itself & up(ITSELF))
+    return (seen & atoms.together) | (atoms.itself & up(ITSELF))
 
 
 def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> Atoms:
     """The atoms about single tokens at positions ``q`` and ``k``; everything broadcasts against each other.
 
-    Equality is written with "xor": with a broadcast side it is several times faster than ``==`` on a CPU.
+    Equality is written with "xor": with a broadcast side it is several times faster than ``==`` on a CPU. There,
+    too, a key before its query makes the faster operation.
     """
 
-    def same(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-        return None if a is None or b is None else ~(b ^ a).bool()
+    def both(key: torch.Tensor | None, query: torch.Tensor | None, as_one: bool) -> torch.Tensor | None:
+        if key is None or query is None:
+            return None
+        return ~(key ^ query).bool() if as_one else (key & query).bool()
 
+    apart = (key.document ^ query.document) | ((key.branch ^ query.branch) & key.off_trunk)
     return Atoms(
         causal=k <= q,
         itself=q == k,
         flags=key.flags & query.flags,
-        document=~(key.document ^ query.document).bool(),
-        branch=~(key.branch ^ query.branch).bool(),
-        image=same(query.image, key.image),
-        scope=same(query.scope, key.scope),
-        group=None if query.groups is None or key.groups is None else (key.groups & query.groups).bool(),
+        together=~apart.bool(),
+        image=both(key.image, query.image, as_one=True),
+        scope=both(key.scope, query.scope, as_one=True),
+        group=both(key.groups, query.groups, as_one=False),
     )
