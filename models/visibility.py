@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -91,15 +92,14 @@ class Tokens:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
         """The same with each tensor changed."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Tokens(**{name: None if value is None else change(value) for name, value in tensors.items()})
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {k: None if value is None else change(value) for k, value in own.items()}
+        return Tokens(**changed)
 
 
-def _flags(like: torch.Tensor, up: dict[int, torch.Tensor | bool]) -> torch.Tensor:
-    out = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
-    for flag, where in up.items():
-        out = out + flag * where if isinstance(where, bool) else out + where.to(torch.uint8) * flag
-    return out
+def _flags(up: dict[int, torch.Tensor]) -> torch.Tensor:
+    """uint8 of which each flag is set where its (B, L) bool says so."""
+    return torch.stack([where.to(torch.uint8) * flag for flag, where in up.items()]).sum(0, dtype=torch.uint8)
 
 
 def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
@@ -109,31 +109,28 @@ def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
 
 def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
     """Every token as query and as key. All that concerns one token is decided here, at the cost of O(B * L)."""
-    branch = _narrow(see.branch)
-    ordinals: dict[str, torch.Tensor | None] = {"document": _narrow(see.document), "branch": branch}
-    ordinals["off_trunk"] = -(branch != 0).to(branch.dtype)
-    image, scope, groups = see.image, see.image if see.scope is None else see.scope, see.group_bits
+    document, branch, image = _narrow(see.document), _narrow(see.branch), None
+    scope = of_queries = of_keys = None
+    everywhere = torch.ones_like(see.valid)
+    opened = everywhere if see.closed is None else ~see.closed
     shown = see.valid if see.hidden is None else see.valid & ~see.hidden
-    asks: dict[int, torch.Tensor | bool] = {CAUSAL: True, ITSELF: True}
-    offers: dict[int, torch.Tensor | bool] = {CAUSAL: shown, ITSELF: True}
+    asks, offers = {CAUSAL: opened, ITSELF: opened}, {CAUSAL: shown, ITSELF: everywhere}
     if see.bidirectional is not None:
-        asks[IMAGE], offers[IMAGE] = see.bidirectional & (image >= 0), shown
-    of_queries = of_keys = None
+        image = _narrow(see.image)
+        asks[IMAGE], offers[IMAGE] = opened & see.bidirectional & (image >= 0), shown
     if see.closed is not None:
-        assert see.context is not None and groups is not None, "closed queries need context and group_bits"
+        assert see.context is not None and see.group_bits is not None, "closed needs context and group_bits"
+        scope = _narrow(see.image if see.scope is None else see.scope)
         scoped = see.closed & (scope >= 0)
-        asks[CAUSAL] = asks[ITSELF] = ~see.closed
         asks[CONTEXT], offers[CONTEXT] = scoped, see.valid & see.context
-        if see.bidirectional is not None:
-            asks[IMAGE] = asks[IMAGE] & ~see.closed
+        of_queries = see.group_bits.masked_fill(~scoped, 0)
+        of_keys = see.group_bits.masked_fill(~see.valid, 0)
         if see.preceding is not None:
             asks[PRECEDING], offers[PRECEDING] = see.closed, see.valid & see.preceding
-        of_queries, of_keys = groups.masked_fill(~scoped, 0), groups.masked_fill(~see.valid, 0)
-    ordinals["image"] = None if see.bidirectional is None else _narrow(image)
-    ordinals["scope"] = None if see.closed is None else _narrow(scope)
+    off_trunk = -(branch != 0).to(branch.dtype)
     return (
-        Tokens(flags=_flags(see.valid, asks), groups=of_queries, **ordinals),
-        Tokens(flags=_flags(see.valid, offers), groups=of_keys, **ordinals),
+        Tokens(_flags(asks), document, branch, off_trunk, image, scope, of_queries),
+        Tokens(_flags(offers), document, branch, off_trunk, image, scope, of_keys),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
+from opsin.models import attention
 from opsin.models.attention import Visibility, additive, block_mask, dense, mask_mod
 
 from masks import materialised
@@ -189,6 +190,15 @@ def test_every_form_is_the_same_on_masked_layouts(seed: int) -> None:
     assert torch.equal(additive(see, torch.float32) == 0, expected)
     assert torch.equal(create_mask(mask_mod(see), batch, None, LENGTH, LENGTH, device="cpu"), expected)
     assert torch.equal(materialised(block_mask(see, 8), LENGTH), expected)
+
+
+def test_pieces_in_which_a_cpu_writes_masks_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+    see = visibility(draw_layout(1))
+    expected = procedure(draw_layout(1))[see.valid]
+    for piece in (1, 2 * LENGTH * 7, 1 << 18):  # one query at a time, seven, all
+        monkeypatch.setattr(attention, "CPU_PIECE", piece)
+        assert torch.equal(dense(see)[:, 0][see.valid], expected)
+        assert torch.equal((additive(see, torch.bfloat16) == 0)[:, 0][see.valid], expected)
 
 
 @pytest.mark.parametrize("seed", range(6))
