@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from . import blocks
 from .errors import UserError
-from .visibility import Visibility, of_tokens, queries_and_keys, rule
+from .visibility import Tokens, Visibility, of_tokens, queries_and_keys, rule
 
 CPU_PIECE = 1 << 18
 """Elements of a mask that a CPU makes at a time."""
@@ -19,43 +20,54 @@ def allow(see: Visibility, b: Any, q: Any, k: Any) -> torch.Tensor:
     return mask_mod(see)(b, 0, q, k)
 
 
-def dense(see: Visibility) -> torch.Tensor:
-    """(B, 1, L, L) bool, True where allowed: the form that ``sdpa`` takes."""
+def _written(
+    see: Visibility, dtype: torch.dtype, form: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """(B, 1, L, L): ``form`` of the predicate."""
     batch, length = see.valid.shape
-    position = torch.arange(length, dtype=torch.int32, device=see.valid.device)
+    device = see.valid.device
+    position = torch.arange(length, dtype=torch.int32, device=device)
     query, key = queries_and_keys(see)
     # Views, not indices: gathering would write each field as large as the mask.
     key = key.map(lambda x: x[:, None, :])
     # On a CPU, in pieces that stay in its cache: fresh pages for a dozen intermediate masks cost more than the rule.
-    step = max(1, CPU_PIECE // (batch * length)) if see.valid.device.type == "cpu" else length
-    out = torch.empty(batch, length, length, dtype=torch.bool, device=see.valid.device)
+    step = max(1, CPU_PIECE // max(1, batch * length)) if device.type == "cpu" else max(1, length)
+    out = torch.empty(batch, length, length, dtype=dtype, device=device)
     for start in range(0, length, step):
         rows = slice(start, start + step)
         some = query.map(lambda x, rows=rows: x[:, rows, None])
-        out[:, rows] = rule(of_tokens(some, key, position[rows, None], position))
+        out[:, rows] = form(rule(of_tokens(some, key, position[rows, None], position)))
     return out.unsqueeze(1)
+
+
+def dense(see: Visibility) -> torch.Tensor:
+    """(B, 1, L, L) bool, True where allowed: the form that ``sdpa`` takes."""
+    return _written(see, torch.bool, lambda allowed: allowed)
 
 
 def additive(see: Visibility, dtype: torch.dtype) -> torch.Tensor:
     """(B, 1, L, L), 0 where allowed and the smallest finite number elsewhere: the form that ``eager`` adds."""
+    largest = torch.finfo(dtype).max
     # Arithmetic, since filling by a mask takes several times as long on a CPU: 1 and 0 to 0 and -max = min.
-    return dense(see).to(dtype).sub_(1).mul_(torch.finfo(dtype).max)
+    return _written(see, dtype, lambda allowed: allowed.to(dtype).sub_(1).mul_(largest))
+
+
+def _mask_mod(query: Tokens, key: Tokens) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
+    return lambda b, h, q, k: rule(of_tokens(query.map(lambda x: x[b, q]), key.map(lambda x: x[b, k]), q, k))
 
 
 def mask_mod(see: Visibility) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
     """The predicate as FlexAttention's ``mask_mod(batch, head, query, key)``."""
-    query, key = queries_and_keys(see)
-    return lambda b, h, q, k: rule(of_tokens(query.map(lambda x: x[b, q]), key.map(lambda x: x[b, k]), q, k))
+    return _mask_mod(*queries_and_keys(see))
 
 
 def block_mask(see: Visibility, block_size: int = 128) -> Any:
-    """FlexAttention's BlockMask; nothing of size L * L is written."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """FlexAttention's BlockMask; nothing of size L * L is written, nor is the device waited for.
 
-    batch, length = see.valid.shape
-    return create_block_mask(
-        mask_mod(see), batch, None, length, length, device=str(see.valid.device), BLOCK_SIZE=block_size
-    )
+    Blocks that it leaves out are empty, and those that it calls full are; some it keeps may be empty.
+    """
+    query, key = queries_and_keys(see)
+    return blocks.block_mask(query, key, _mask_mod(query, key), block_size)
 
 
 def is_plain(batch: dict[str, torch.Tensor]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -66,7 +67,6 @@ PRECEDING = 2  # closed query, preceding key: the same
 IMAGE = 4  # open bidirectional query, key not hidden: seen within one image
 CONTEXT = 8  # closed query, context key: seen within one scope
 ITSELF = 16  # open query: sees itself, whatever else holds
-TRUNK = 32  # key in a trunk: seen by all branches
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Tokens:
     Attributes:
         flags: uint8, what a query asks for, or what a key offers.
         document, branch: int.
+        off_trunk: int like ``branch``: all bits in branches, none in a trunk.
         image: int; None where no query is bidirectional.
         scope: int; None where no query is closed.
         groups: int, bits; no bit for queries that go by no groups, and for padded keys. None like ``scope``.
@@ -84,21 +85,21 @@ class Tokens:
     flags: torch.Tensor
     document: torch.Tensor
     branch: torch.Tensor
+    off_trunk: torch.Tensor
     image: torch.Tensor | None
     scope: torch.Tensor | None
     groups: torch.Tensor | None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
         """The same with each tensor changed."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Tokens(**{name: None if value is None else change(value) for name, value in tensors.items()})
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {k: None if value is None else change(value) for k, value in own.items()}
+        return Tokens(**changed)
 
 
-def _flags(like: torch.Tensor, up: dict[int, torch.Tensor | bool]) -> torch.Tensor:
-    out = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
-    for flag, where in up.items():
-        out = out + flag * where if isinstance(where, bool) else out + where.to(torch.uint8) * flag
-    return out
+def _flags(up: dict[int, torch.Tensor]) -> torch.Tensor:
+    """uint8 of which each flag is set where its (B, L) bool says so."""
+    return torch.stack([where.to(torch.uint8) * flag for flag, where in up.items()]).sum(0, dtype=torch.uint8)
 
 
 def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
@@ -108,29 +109,28 @@ def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
 
 def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
     """Every token as query and as key. All that concerns one token is decided here, at the cost of O(B * L)."""
-    ordinals = {"document": _narrow(see.document), "branch": _narrow(see.branch)}
-    image, scope, groups = see.image, see.image if see.scope is None else see.scope, see.group_bits
+    document, branch, image = _narrow(see.document), _narrow(see.branch), None
+    scope = of_queries = of_keys = None
+    everywhere = torch.ones_like(see.valid)
+    opened = everywhere if see.closed is None else ~see.closed
     shown = see.valid if see.hidden is None else see.valid & ~see.hidden
-    asks: dict[int, torch.Tensor | bool] = {CAUSAL: True, ITSELF: True, TRUNK: True}
-    offers: dict[int, torch.Tensor | bool] = {CAUSAL: shown, ITSELF: True, TRUNK: see.branch == 0}
+    asks, offers = {CAUSAL: opened, ITSELF: opened}, {CAUSAL: shown, ITSELF: everywhere}
     if see.bidirectional is not None:
-        asks[IMAGE], offers[IMAGE] = see.bidirectional & (image >= 0), shown
-    of_queries = of_keys = None
+        image = _narrow(see.image)
+        asks[IMAGE], offers[IMAGE] = opened & see.bidirectional & (image >= 0), shown
     if see.closed is not None:
-        assert see.context is not None and groups is not None, "closed queries need context and group_bits"
+        assert see.context is not None and see.group_bits is not None, "closed needs context and group_bits"
+        scope = _narrow(see.image if see.scope is None else see.scope)
         scoped = see.closed & (scope >= 0)
-        asks[CAUSAL] = asks[ITSELF] = ~see.closed
         asks[CONTEXT], offers[CONTEXT] = scoped, see.valid & see.context
-        if see.bidirectional is not None:
-            asks[IMAGE] = asks[IMAGE] & ~see.closed
+        of_queries = see.group_bits.masked_fill(~scoped, 0)
+        of_keys = see.group_bits.masked_fill(~see.valid, 0)
         if see.preceding is not None:
             asks[PRECEDING], offers[PRECEDING] = see.closed, see.valid & see.preceding
-        of_queries, of_keys = groups.masked_fill(~scoped, 0), groups.masked_fill(~see.valid, 0)
-    ordinals["image"] = None if see.bidirectional is None else _narrow(image)
-    ordinals["scope"] = None if see.closed is None else _narrow(scope)
+    off_trunk = -(branch != 0).to(branch.dtype)
     return (
-        Tokens(flags=_flags(see.valid, asks), groups=of_queries, **ordinals),
-        Tokens(flags=_flags(see.valid, offers), groups=of_keys, **ordinals),
+        Tokens(_flags(asks), document, branch, off_trunk, image, scope, of_queries),
+        Tokens(_flags(offers), document, branch, off_trunk, image, scope, of_keys),
     )
 
 
@@ -142,15 +142,15 @@ class Atoms:
         causal: bool, the key does not come later.
         itself: bool, query and key are one token.
         flags: uint8, flags that the query asks for and the key offers.
-        document, branch, image, scope: bool, both have the same; ``image`` and ``scope`` as in :class:`Tokens`.
+        together: bool, one document, and the key in its trunk or in the query's branch.
+        image, scope: bool, both have the same; None as in :class:`Tokens`.
         group: bool, both belong to one group; None like ``scope``.
     """
 
     causal: torch.Tensor
     itself: torch.Tensor
     flags: torch.Tensor
-    document: torch.Tensor
-    branch: torch.Tensor
+    together: torch.Tensor
     image: torch.Tensor | None
     scope: torch.Tensor | None
     group: torch.Tensor | None
@@ -175,26 +175,28 @@ def rule(atoms: Atoms) -> torch.Tensor:
     if atoms.scope is not None:
         assert atoms.group is not None
         seen = seen | (atoms.scope & (atoms.group | up(CONTEXT)))
-    seen = seen & atoms.document & (atoms.branch | up(TRUNK))
-    return seen | (atoms.itself & up(ITSELF))
+    return (seen & atoms.together) | (atoms.itself & up(ITSELF))
 
 
 def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> Atoms:
     """The atoms about single tokens at positions ``q`` and ``k``; everything broadcasts against each other.
 
-    Equality is written with "xor": with a broadcast side it is several times faster than ``==`` on a CPU.
+    Equality is written with "xor": with a broadcast side it is several times faster than ``==`` on a CPU. There,
+    too, a key before its query makes the faster operation.
     """
 
-    def same(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-        return None if a is None or b is None else ~(b ^ a).bool()
+    def both(key: torch.Tensor | None, query: torch.Tensor | None, as_one: bool) -> torch.Tensor | None:
+        if key is None or query is None:
+            return None
+        return ~(key ^ query).bool() if as_one else (key & query).bool()
 
+    apart = (key.document ^ query.document) | ((key.branch ^ query.branch) & key.off_trunk)
     return Atoms(
         causal=k <= q,
         itself=q == k,
         flags=key.flags & query.flags,
-        document=~(key.document ^ query.document).bool(),
-        branch=~(key.branch ^ query.branch).bool(),
-        image=same(query.image, key.image),
-        scope=same(query.scope, key.scope),
-        group=None if query.groups is None or key.groups is None else (key.groups & query.groups).bool(),
+        together=~apart.bool(),
+        image=both(key.image, query.image, as_one=True),
+        scope=both(key.scope, query.scope, as_one=True),
+        group=both(key.groups, query.groups, as_one=False),
     )
