@@ -24,10 +24,11 @@ from steps import adamw, composer_trainer, moved  # noqa: E402
 
 from opsin.algorithms.ross import ROSS  # noqa: E402
 from opsin.algorithms.ross.diffusion import objective_named  # noqa: E402
-from opsin.algorithms.ross.functional import draw_noise, reconstruction_loss, view_keys  # noqa: E402
+from opsin.algorithms.ross.functional import draw_noise, reconstruction_loss  # noqa: E402
 from opsin.algorithms.ross.heads import make_head  # noqa: E402
 from opsin.algorithms.ross.views import Views  # noqa: E402
 from opsin.data.batch import split_batch  # noqa: E402
+from opsin.models.randomness import view_keys  # noqa: E402
 from opsin.models.vlm import VisionLanguageModel  # noqa: E402
 
 NAME = "ross_cost"

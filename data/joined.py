@@ -14,7 +14,7 @@ from typing import Any
 from streaming.base.format.base.reader import Reader
 
 from ..models.errors import UserError
-from .patch_targets import COLUMN
+from .patch_targets import COLUMN, DESCRIPTION
 
 
 class JoinedShard(Reader):
@@ -67,7 +67,7 @@ class JoinedShard(Reader):
         if sample["id"] != targets["id"]:
             raise UserError(
                 f"dataset: {COLUMN} in {self.parts[1].dirname}: sample '{targets['id']}' stands where the dataset "
-                f"has '{sample['id']}'; make them anew with `opsin data latents --sidecar`"
+                f"has '{sample['id']}'; make them anew (the command stands in {DESCRIPTION})"
             )
         sample[COLUMN] = targets[COLUMN]
         return sample
@@ -83,7 +83,7 @@ def join(main: Sequence[Any], side: Sequence[Any], fetched: tuple[bool, bool], a
     if ours != theirs:
         raise UserError(
             f"dataset: {COLUMN} '{address}': {sum(theirs)} samples in {len(theirs)} shards, the dataset has "
-            f"{sum(ours)} in {len(ours)}; make them anew with `opsin data latents --sidecar`"
+            f"{sum(ours)} in {len(ours)}; make them anew (the command stands in {DESCRIPTION})"
         )
     if any(COLUMN in shard.column_names for shard in main):
         raise UserError(

@@ -24,13 +24,19 @@ from typing import Any
 import torch
 
 from ..models.errors import UserError
-from ..models.geometry import EncodedImage
+from ..models.geometry import EncodedImage, geometry_id
 
 COLUMN = "patch_targets"
 """Name of the column, and key of a sample and of a batch."""
 
 DESCRIPTION = "patch_targets.json"
 """File beside ``index.json`` that says what the column holds."""
+
+STORED = ("auto", "required", "ignore")
+"""What a method may be told to do with stored targets; see :func:`use_stored`."""
+
+LATENTS = "opsin data latents"
+"""The command that makes stored targets; a method may have one of its own."""
 
 _MAGIC = b"OPT1"
 _FORMAT = "opsin.patch_targets/1"
@@ -136,7 +142,8 @@ def attach(sample: Mapping[str, Any], encoded: Sequence[bytes], images: Sequence
         if targets.grids != grids:
             raise UserError(
                 f"{name} of picture {i} were made for another geometry: {_grids(targets.grids)} patches, this model "
-                f"has {_grids(grids)}; make them anew with `opsin data latents`, or set dataset.{COLUMN}: ignore"
+                f"has {_grids(grids)}; make them anew (the command stands in {DESCRIPTION}), or set dataset.{COLUMN}: "
+                f"ignore"
             )
         image.patch_targets = targets.values
 
@@ -194,6 +201,12 @@ class PatchTargetsInfo:
         """What must be equal where several streams are mixed."""
         return self.name, self.identity, self.geometry, self.moments_dim
 
+    @property
+    def made_with(self) -> str:
+        """The command that made them, without its arguments."""
+        words = self.command.split()[:3]
+        return " ".join(words) if words[:2] == ["opsin", "data"] else LATENTS
+
     def dumps(self) -> str:
         """As text of the file."""
         return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True) + "\n"
@@ -214,7 +227,39 @@ class PatchTargetsInfo:
             raise ValueError(f"{path}: not a description of stored targets ({error})") from error
 
 
-def check(info: PatchTargetsInfo, identity: str, geometry: str, where: str) -> None:
+def use_stored(
+    loader: Any, name: str, stored: str, identity: str, where: str, command: str = LATENTS
+) -> bool:
+    """Whether a method takes the targets that its batches bring along (under the key :data:`COLUMN`).
+
+    Args:
+        loader: the training loader: its ``dataset.patch_targets_info`` says what is stored, its ``collate_fn`` how
+            the model cuts pictures.
+        name: of the method; another method's targets are not taken.
+        stored: ``auto`` takes them, ``required`` stops without them, ``ignore`` computes them anyway.
+        identity: of the method's own function.
+        where: the method's place in the configuration, as ``algorithms.ross``.
+        command: that makes its targets.
+
+    Returns:
+        False where there are none, or none of this method's, or they are to be ignored.
+
+    Raises:
+        UserError: they are required and there are none, or they were made by another function or for another
+            geometry.
+    """
+    info = getattr(getattr(loader, "dataset", None), "patch_targets_info", None)
+    if info is None or info.name != name:
+        if stored == "required":
+            raise UserError(f"{where}.stored: the dataset brings no targets; make them with `{command}`")
+        return False
+    if stored == "ignore":
+        return False
+    check(info, identity, geometry_id(loader.collate_fn.encoder.images), f"{where}.target", command)
+    return True
+
+
+def check(info: PatchTargetsInfo, identity: str, geometry: str, where: str, command: str = LATENTS) -> None:
     """Refuse stored targets that are not what a method would compute itself.
 
     Args:
@@ -222,6 +267,7 @@ def check(info: PatchTargetsInfo, identity: str, geometry: str, where: str) -> N
         identity: of the method's own function.
         geometry: ``models.geometry.geometry_id`` of the model that is trained.
         where: key of the configuration, for the message.
+        command: that makes them, for the message.
 
     Raises:
         UserError: made by another function, or for another geometry; the line names both.
@@ -229,14 +275,14 @@ def check(info: PatchTargetsInfo, identity: str, geometry: str, where: str) -> N
     if info.identity != identity:
         raise UserError(
             f"{where}: the dataset's stored {COLUMN} were made by '{info.identity}', this is '{identity}'; make them "
-            f"anew with `opsin data latents`, or set dataset.{COLUMN}: ignore"
+            f"anew with `{command}`, or set dataset.{COLUMN}: ignore"
         )
     if info.geometry != geometry:
         ours, theirs = geometry.split("; "), info.geometry.split("; ")
         raise UserError(
             f"{where}: the dataset's stored {COLUMN} were made for another geometry: "
-            f"'{_only(theirs, ours)}', this model has '{_only(ours, theirs)}'; make them anew with `opsin data "
-            f"latents`, or set dataset.{COLUMN}: ignore"
+            f"'{_only(theirs, ours)}', this model has '{_only(ours, theirs)}'; make them anew with "
+            f"`{command}`, or set dataset.{COLUMN}: ignore"
         )
 
 

@@ -135,7 +135,7 @@ def read_description(stream: Stream) -> PatchTargetsInfo:
             raise UserError(f"dataset: {error}") from error
     if info.index != dataset_hash((folder / "index.json").read_bytes()):
         raise UserError(
-            f"dataset: {DESCRIPTION} of {address} was made for other shards; make them anew with `opsin data latents`"
+            f"dataset: {DESCRIPTION} of {address} was made for other shards; make them anew with `{info.made_with}`"
         )
     return info
 

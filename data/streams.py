@@ -128,7 +128,7 @@ def open_stream(name: str, options: Mapping[str, Any], validate_hash: str | None
     if side.targets_info.dataset != dataset_hash(index.read_bytes()):
         raise UserError(
             f"dataset: {COLUMN} '{targets}' were made for another dataset than '{remote}' is now; make them anew with "
-            f"`opsin data latents {remote} ... --sidecar`"
+            f"`{side.targets_info.made_with} {remote} ... --sidecar`"
         )
     stream = SafeStream(validate_hash=algorithm, targets=side, **options)
     stream.targets_info = side.targets_info

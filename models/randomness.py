@@ -8,6 +8,7 @@ here every element is mixed from its own key and counter (SplitMix64: Steele, Le
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -59,6 +60,35 @@ def keys(*parts: torch.Tensor | int) -> torch.Tensor:
             right = _signed(mixed) if isinstance(mixed, int) else mixed
             key = mix(left ^ right)  # type: ignore[operator]
     return torch.tensor(_signed(key)) if isinstance(key, int) else key
+
+
+def view_keys(
+    seed: int, uid: torch.Tensor, visit: torch.Tensor, image: torch.Tensor, row: torch.Tensor
+) -> torch.Tensor:
+    """One key a view, a function of (seed, sample, visit, image, which view of the image): (V,) int64.
+
+    Args:
+        seed: of the run and the method.
+        uid, visit, image: (V,) int64, of the view's document.
+        row: (V,) int64, anything that tells documents apart that share a uid in one batch (its batch row).
+    """
+    place = torch.arange(len(uid), device=uid.device)
+    new = torch.ones_like(place, dtype=torch.bool)
+    if len(uid) > 1:
+        same = (uid[1:] == uid[:-1]) & (image[1:] == image[:-1]) & (row[1:] == row[:-1])
+        new[1:] = ~same
+    first = torch.where(new, place, 0).cummax(0).values if len(uid) else place
+    return keys(seed, uid, visit, image, place - first)
+
+
+def keys_of_views(seed: int, batch: dict[str, Any]) -> torch.Tensor:
+    """:func:`view_keys` of the views of a batch or micro-batch (``data.batch``): (V,) int64, where the batch lies.
+
+    ``seed``: of the run and the method, as ``data.schema.stable_hash(method, seed of the run)``.
+    """
+    row, document = batch["view_row"], batch["view_document"]
+    uid, visit = batch["document_uid"][row, document], batch["document_visit"][row, document]
+    return view_keys(seed, uid, visit, batch["view_image"], row * batch["document_uid"].shape[1] + document)
 
 
 def _bits(key: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

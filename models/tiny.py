@@ -22,6 +22,8 @@ from transformers import (
 )
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<image>", "<|im_start|>", "<|im_end|>")
+IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+"""Of a colour, by which pictures are normalised for the tower."""
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -49,6 +51,18 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
+
+
+def tiny_vision_config(image_size: int, patch_size: int, width: int, layers: int) -> CLIPVisionConfig:
+    """Configuration of the CLIP-style tower of :func:`tiny_llava`."""
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 32),
+        image_size=image_size,
+        patch_size=patch_size,
+    )
 
 
 def tiny_llava(
@@ -88,14 +102,7 @@ def tiny_llava(
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=vision_width,
-            intermediate_size=2 * vision_width,
-            num_hidden_layers=vision_layers,
-            num_attention_heads=max(1, vision_width // 32),
-            image_size=image_size,
-            patch_size=patch_size,
-        ),
+        vision_config=tiny_vision_config(image_size, patch_size, vision_width, vision_layers),
         text_config=LlamaConfig(**text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
@@ -121,8 +128,8 @@ def llava_processor(tokenizer: Any, image_size: int, patch_size: int) -> LlavaPr
         size=side,
         do_center_crop=False,
         crop_size=side,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.25, 0.25, 0.25],
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
         do_convert_rgb=True,
     )
     return LlavaProcessor(

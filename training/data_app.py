@@ -13,6 +13,19 @@ from .target_commands import target_commands
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
 target_commands(data_app)
 
+# Of both commands that store targets.
+Source = Annotated[str, typer.Argument(help="Dataset: folder or URL.")]
+Out = Annotated[str, typer.Argument(help="New folder, or s3://bucket/folder. The same command goes on.")]
+Model = Annotated[
+    str, typer.Option(help="Whose patches: run folder, model folder, hub name, or scenes_llava.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of the target.")]
+Sidecar = Annotated[
+    bool, typer.Option("--sidecar", help="Targets alone, for dataset.patch_targets; no copy of the rows.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda ...; default: a GPU if there is one.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")]
+
 
 @data_app.command("scenes")
 def data_scenes(
@@ -98,19 +111,15 @@ def data_vision_tower(
 
 @data_app.command("latents")
 def data_latents(
-    source: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
-    out: Annotated[str, typer.Argument(help="New folder, or s3://bucket/folder. The same command goes on.")],
-    model: Annotated[
-        str, typer.Option(help="Whose patches: run folder, model folder, hub name, or scenes_llava.")
-    ],
+    source: Source,
+    out: Out,
+    model: Model,
     method: Annotated[str, typer.Option(help="Whose targets: see `opsin registry patch_targets`.")] = "ross",
     target: Annotated[str, typer.Option(help="Kind of target.")] = "vae",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the target.")] = None,
-    sidecar: Annotated[
-        bool, typer.Option("--sidecar", help="Targets alone, for dataset.patch_targets; no copy of the rows.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; default: a GPU if there is one.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
+    set_: Set = None,
+    sidecar: Sidecar = False,
+    device: Device = None,
+    threads: Threads = 4,
 ) -> None:
     """Compute what a method predicts of each patch once, and store it beside the pictures or in them."""
     from .latents import latents
@@ -118,4 +127,26 @@ def data_latents(
     latents(
         source, out, model, method=method, target=target, settings=set_ or [], sidecar=sidecar, device=device,
         threads=threads, console=Console(),
+    )  # fmt: skip
+
+
+@data_app.command("features")
+def data_features(
+    source: Source,
+    out: Out,
+    model: Model,
+    target: Annotated[
+        str, typer.Option(help="features (a vision model) or tower (a model that lies here).")
+    ] = "features",
+    set_: Set = None,
+    sidecar: Sidecar = False,
+    device: Device = None,
+    threads: Threads = 4,
+) -> None:
+    """Compute the features that JARVIS predicts once, and store them: `latents --method jarvis`."""
+    from .latents import latents
+
+    latents(
+        source, out, model, method="jarvis", target=target, settings=set_ or [], sidecar=sidecar, device=device,
+        threads=threads, console=Console(), command="features",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``opsin data latents``: what a method predicts of each patch, computed once and stored."""
+"""``opsin data latents`` and ``features``: what a method predicts of each patch, computed once and stored."""
 
 from __future__ import annotations
 
@@ -91,16 +91,20 @@ def latents(
     device: str | None = None,
     threads: int = 4,
     console: Console | None = None,
+    command: str = "latents",
 ) -> None:
-    """Compute and store targets, with a progress bar; see :func:`write`."""
+    """Compute and store targets, with a progress bar; see :func:`write`.
+
+    ``command``: as which it was typed; another one than ``latents`` implies its method, and is noted without it.
+    """
     images, shows = open_pictures(model)
     made = make_target(method, target, settings)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    given = ["--model", model, "--method", method, "--target", target]
+    given = ["--model", model, *(["--method", method] if command == "latents" else []), "--target", target]
     given += [word for setting in settings for word in ("--set", setting)] + ["--sidecar"] * sidecar
     write(
         source, out, images, shows, made, name=method, sidecar=sidecar, device=where, threads=threads,
-        command=shlex.join(["opsin", "data", "latents", source, out, *given]), console=console or Console(),
+        command=shlex.join(["opsin", "data", command, source, out, *given]), console=console or Console(),
     )  # fmt: skip
 
 

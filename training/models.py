@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from importlib import resources
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from ..models.errors import UserError
 from ..models.export import load_model
+from ..models.shipped import load_part
 from ..models.vlm import VisionLanguageModel
 
 
@@ -85,39 +81,6 @@ def scenes_llava(
         if source is not None:
             load_part(hf.get_submodule(f"model.{part}"), part, source)
     return VisionLanguageModel(hf, processor, bidirectional_images=bidirectional_images)
-
-
-TOWER_4 = "vision_model."
-"""What transformers 4 puts before the names of a CLIP tower's tensors, and newer ones do not."""
-
-
-def load_part(module: Any, part: str, source: str) -> None:
-    """Put saved weights into one part of ``scenes_llava``; every tensor must be there and fit.
-
-    Args:
-        module: the part.
-        part: ``language_model`` or ``vision_tower``.
-        source: safetensors file, or ``shipped``.
-
-    Raises:
-        UserError: no such file, or other tensors.
-    """
-    command = f"opsin data {part.replace('_', '-')} --out FILE"
-    if source == "shipped":
-        path = Path(str(resources.files("opsin.models"))) / "assets" / f"scenes_{part}.safetensors"
-    else:
-        path = Path(source)
-    if not path.is_file():
-        raise UserError(f"model.{part}: no file '{path}'; make it with `{command}`")
-    here = {k.removeprefix(TOWER_4): k for k in module.state_dict()}
-    stored = {here.get(k.removeprefix(TOWER_4), k): v.float() for k, v in load_file(path).items()}
-    wanted = {k: v.shape for k, v in module.state_dict().items() if v.is_floating_point()}
-    if wanted != {k: v.shape for k, v in stored.items()}:
-        raise UserError(
-            f"model.{part}: '{path}' holds other tensors than this model; sizes must be those it was trained "
-            f"with ({command} trains anew), or set {part}: null"
-        )
-    module.load_state_dict(stored, strict=False)  # buffers of position numbers are not stored
 
 
 def smollm2_llava_model(

@@ -168,6 +168,7 @@ callbacks = Registry(
     _composer_callbacks,
 )
 patch_targets = Registry("patch_targets", "What `opsin data latents` computes and stores for a method.", {
+    "jarvis": "opsin.algorithms.jarvis.targets:make_target",
     "ross": "opsin.algorithms.ross.targets:make_target",
 })  # fmt: skip
 loggers = Registry("loggers", "Composer's loggers.", {}, _composer_loggers)

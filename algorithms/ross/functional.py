@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ...models.randomness import keys, normal, uniform
+from ...models.targets.base import Target, alike, fold
 from .diffusion import Objective
-from .targets.base import Target, alike, fold
 from .views import Views
 
 _POSTERIOR, _TIME, _NOISE, _START = 0, 1, 2, 3
@@ -33,27 +33,8 @@ class Draws:
     noise: torch.Tensor
 
 
-def view_keys(
-    seed: int, uid: torch.Tensor, visit: torch.Tensor, image: torch.Tensor, row: torch.Tensor
-) -> torch.Tensor:
-    """One key a view, a function of (seed, sample, visit, image, which view of the image): (V,) int64.
-
-    Args:
-        seed: of the run and the method.
-        uid, visit, image: (V,) int64, of the view's document.
-        row: (V,) int64, anything that tells documents apart that share a uid in one batch (its batch row).
-    """
-    place = torch.arange(len(uid), device=uid.device)
-    new = torch.ones_like(place, dtype=torch.bool)
-    if len(uid) > 1:
-        same = (uid[1:] == uid[:-1]) & (image[1:] == image[:-1]) & (row[1:] == row[:-1])
-        new[1:] = ~same
-    first = torch.where(new, place, 0).cummax(0).values if len(uid) else place
-    return keys(seed, uid, visit, image, place - first)
-
-
 def draw_noise(key: torch.Tensor, views: Views, draws: int, dim: int, timesteps: int) -> Draws:
-    """Times and noise of K draws; see :class:`Draws`. ``key``: (V,), of :func:`view_keys`."""
+    """Times and noise of K draws; see :class:`Draws`. ``key``: (V,), of ``models.randomness.view_keys``."""
     draw = torch.arange(draws, device=key.device)[:, None]
     time = (uniform(keys(key, _TIME, draw))[..., 0] * timesteps).long().clamp(max=timesteps - 1)
     return Draws(time, _patch_noise(keys(key, _NOISE, draw), views, dim))

@@ -12,12 +12,12 @@ from composer.core import State
 from composer.loggers import Logger
 from torch import nn
 
-from ...data.patch_targets import COLUMN, check
+from ...data.patch_targets import COLUMN, STORED, use_stored
 from ...data.schema import stable_hash
 from ...models.errors import UserError, nearest
-from ...models.geometry import geometry_id
 from ...models.net import nan_safe_zero
 from ...models.normalise import declare, term
+from ...models.randomness import keys_of_views
 from ...models.step import FINAL
 from ...models.vlm import VisionLanguageModel
 from ..base import VisionAlgorithm
@@ -28,7 +28,6 @@ from .functional import (
     mean_of_views,
     posterior_noise,
     reconstruction_loss,
-    view_keys,
 )
 from .heads import DENOISERS, HEADS, make_head
 from .targets import Target, check_target, make_target
@@ -109,7 +108,7 @@ class ROSS(VisionAlgorithm):
             if value < 1:
                 raise UserError(f"algorithms.ross.{key}: {value} is less than 1")
         _one_of("letterbox", letterbox, LETTERBOX)
-        _one_of("stored", stored, ("auto", "required", "ignore"))
+        _one_of("stored", stored, STORED)
         self.weight = float(weight)
         self.target_spec: str | Mapping[str, Any] = FLUX if target is None else target
         check_target(self.target_spec)
@@ -202,18 +201,10 @@ class ROSS(VisionAlgorithm):
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Check the targets that the dataset brings."""
         self._shares = self._shares.to(next(model.net.hf.parameters()).device)
-        self._take_stored = self.stored != "ignore"
-        loader: Any = state.train_dataloader
-        info = getattr(getattr(loader, "dataset", None), "patch_targets_info", None)
-        if info is not None and info.name != self.name:
-            info, self._take_stored = None, False  # another method's
-        if info is None and self.stored == "required":
-            raise UserError(
-                "algorithms.ross.stored: the dataset brings no targets; make them with `opsin data latents`"
-            )
-        if info is not None and self._take_stored:
-            geometry = geometry_id(loader.collate_fn.encoder.images)
-            check(info, self.built_target.identity, geometry, "algorithms.ross.target")
+        identity = self.built_target.identity
+        self._take_stored = use_stored(
+            state.train_dataloader, self.name, self.stored, identity, "algorithms.ross"
+        )
 
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Declare the number of views."""
@@ -281,15 +272,7 @@ class ROSS(VisionAlgorithm):
 
     def keys(self, batch: dict[str, Any], seed: int | None = None) -> torch.Tensor:
         """Key of each view's randomness, (V,) int64; ``seed``: instead of the run's."""
-        row, document = batch["view_row"], batch["view_document"]
-        uid, visit = batch["document_uid"][row, document], batch["document_visit"][row, document]
-        return view_keys(
-            self._seed if seed is None else seed,
-            uid,
-            visit,
-            batch["view_image"],
-            row * batch["document_uid"].shape[1] + document,
-        )
+        return keys_of_views(self._seed if seed is None else seed, batch)
 
     def targets(
         self, model: VisionLanguageModel, batch: dict[str, Any], views: Views, key: torch.Tensor

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from opsin.algorithms.ross.targets import Target, make_target
-from opsin.algorithms.ross.targets.base import fold
 from opsin.evaluation.target_audit import Audit, as_table, audit, audited_scenes, probe
 from opsin.models.errors import UserError
+from opsin.models.targets.base import fold
 from opsin.training import autoencoder, cli
 
 
@@ -22,7 +22,7 @@ class Grey(Target):
 
     cell, dim, moments_dim, identity = 8, 4, 4, "grey"  # type: ignore[assignment]
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+    def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         return fold(torch.nn.functional.avg_pool2d(pictures.mean(1, keepdim=True), 4), 2)
 
 
@@ -46,8 +46,8 @@ def test_the_mean_of_a_posterior_is_what_is_read() -> None:
     class WithNoise(Grey):
         moments_dim = 8
 
-        def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-            mean = super().encode(pictures)
+        def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+            mean = super().encode(pictures, grid)
             return torch.cat([mean, torch.rand_like(mean)], -1)
 
     assert audit(WithNoise(), scenes=100, held_out=50) == audit(Grey(), scenes=100, held_out=50)

@@ -17,12 +17,13 @@ from opsin.algorithms.ross.diffusion import (
     cosine_alpha_bar,
     ignoring_the_condition,
 )
-from opsin.algorithms.ross.functional import Draws, draw_noise, reconstruction_loss, view_keys
+from opsin.algorithms.ross.functional import Draws, draw_noise, reconstruction_loss
 from opsin.algorithms.ross.heads import HEADS, make_head, positions_2d, scaled_width
-from opsin.algorithms.ross.targets.base import Target, fold, unfold
 from opsin.algorithms.ross.targets.pixels import PixelTarget
 from opsin.algorithms.ross.views import Views
 from opsin.models.errors import UserError
+from opsin.models.randomness import view_keys
+from opsin.models.targets.base import Target, fold, unfold
 
 from methods import loud
 

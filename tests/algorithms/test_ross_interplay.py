@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from transformers import LlavaImageProcessor, LlavaImageProcessorFast
 
-from opsin.algorithms.ross.functional import draw_noise, mean_of_views, posterior_noise, view_keys
+from opsin.algorithms.ross.functional import draw_noise, mean_of_views, posterior_noise
 from opsin.algorithms.ross.views import Views
 from opsin.data.schema import pack_images, stable_hash
 from opsin.models.families.llava import LlavaImages
 from opsin.models.geometry import resize_and_crop_box
+from opsin.models.randomness import view_keys
 
 import jobs
 import zoo

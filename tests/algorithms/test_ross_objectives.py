@@ -17,7 +17,6 @@ from opsin.algorithms.ross.functional import (
     posterior_noise,
     reconstruction_loss,
     starting_noise,
-    view_keys,
 )
 from opsin.algorithms.ross.heads import make_head
 from opsin.algorithms.ross.sampling import sample_tokens
@@ -25,6 +24,7 @@ from opsin.algorithms.ross.targets import make_target
 from opsin.algorithms.ross.targets.pixels import PixelTarget
 from opsin.algorithms.ross.views import Views
 from opsin.models.errors import UserError
+from opsin.models.randomness import view_keys
 
 from methods import loud
 

@@ -8,29 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from opsin.algorithms.ross.targets import Target, make_target
 from opsin.algorithms.ross.targets.autoencoder import WEIGHTS
-from opsin.algorithms.ross.targets.base import fold, unfold, weights_id
 from opsin.data.scenes import SceneConfig, scene
 from opsin.models.errors import UserError
+from opsin.models.targets.base import fold, unfold
 
 SMALL_BLOCKS = {
     "block_out_channels": [8, 8, 8, 8],
@@ -56,43 +45,17 @@ def pictures(count: int, rows: int, columns: int, cell: int, seed: int = 0) -> t
     return torch.rand(count, 3, rows * cell, columns * cell, generator=torch.Generator().manual_seed(seed))
 
 
+def encoded(target: Target, shown: torch.Tensor) -> torch.Tensor:
+    """Of pictures whose size is that of their grid already."""
+    return target.encode(shown, (shown.shape[2] // target.cell, shown.shape[3] // target.cell))
+
+
 def dino(folder: Path, processor: bool = True, **more: int) -> str:
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**{**VIT, "image_size": 32, "mlp_ratio": 2, **more})).save_pretrained(folder)
     if processor:
         CLIPImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(folder)
     return str(folder)
-
-
-# Folding -------------------------------------------------------------------------------------------------
-
-
-def test_a_token_is_its_window_of_latents_channel_first() -> None:
-    z = torch.randn(2, 5, 6, 8)
-    tokens = fold(z, 2).reshape(2, 3, 4, 20)
-    for r in range(3):
-        for c in range(4):
-            window = z[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2]
-            assert torch.equal(tokens[:, r, c], window.reshape(2, 20))
-            assert torch.equal(tokens[:, r, c, 3 * 4 + 1 * 2 + 0], z[:, 3, 2 * r + 1, 2 * c])
-
-
-@settings(max_examples=30, deadline=None)
-@given(*[st.integers(1, 4)] * 5)
-def test_unfold_undoes_fold(batch: int, channels: int, rows: int, columns: int, by: int) -> None:
-    z = torch.randn(batch, channels, rows * by, columns * by)
-    tokens = fold(z, by)
-    assert tokens.shape == (batch, rows * columns, channels * by * by)
-    assert torch.equal(unfold(tokens, (rows, columns), by), z)
-
-
-def test_weights_are_told_apart_by_value_name_and_shape() -> None:
-    net = torch.nn.BatchNorm2d(2)  # its counter has no dimension
-    before = weights_id(net)
-    assert weights_id(torch.nn.BatchNorm2d(2)) == before
-    net.running_mean += 1  # type: ignore[operator]
-    assert weights_id(net) != before
-    assert weights_id(torch.nn.Linear(2, 3, bias=False)) != weights_id(torch.nn.Linear(3, 2, bias=False))
 
 
 # VAE -----------------------------------------------------------------------------------------------------
@@ -108,13 +71,13 @@ def test_vae_shifts_scales_and_folds_the_posterior(
     only_mean = make_target({"name": "vae", "config": config, "posterior": "mean"})
     assert (target.cell, target.dim, target.moments_dim, only_mean.moments_dim) == (16, dim, 2 * dim, dim)
     x = pictures(2, 2, 3, 16)  # not square
-    moments = target.encode(x)
+    moments = encoded(target, x)
     assert moments.shape == (2, 6, 2 * dim) and moments.dtype == torch.float32
     posterior = target.vae.encode(x * 2 - 1).latent_dist  # type: ignore[attr-defined]
     mean = fold((posterior.mean - shift) * scale, 2)
     torch.testing.assert_close(moments[..., :dim], mean)
     torch.testing.assert_close(moments[..., dim:], fold(posterior.std * scale, 2))
-    torch.testing.assert_close(only_mean.encode(x), mean)
+    torch.testing.assert_close(encoded(only_mean, x), mean)
     # What is drawn is what the reference draws: sample the posterior, then shift and scale.
     noise = torch.randn(2, config["latent_channels"], 4, 6)
     drawn = target.draw(moments.flatten(0, 1), fold(noise, 2).flatten(0, 1))
@@ -126,7 +89,7 @@ def test_vae_shifts_scales_and_folds_the_posterior(
 def test_vae_decodes_what_it_encodes_and_carries_a_graph() -> None:
     target = make_target({"name": "vae", "config": FLUX, "posterior": "mean"})
     x = pictures(2, 2, 3, 16)
-    tokens = target.encode(x).requires_grad_()
+    tokens = encoded(target, x).requires_grad_()
     back = target.decode(tokens, (2, 3))
     assert back.shape == x.shape
     raw = target.vae.encode(x * 2 - 1).latent_dist.mean  # type: ignore[attr-defined]
@@ -143,7 +106,7 @@ def test_vae_with_means_and_deviations_by_channel() -> None:
     x = pictures(1, 2, 2, 8)
     raw = target.vae.encode(x * 2 - 1).latent_dist.mean  # type: ignore[attr-defined]
     shift, std = (torch.tensor(config[k]).view(4, 1, 1) for k in ("latents_mean", "latents_std"))
-    torch.testing.assert_close(target.encode(x), fold((raw - shift) * 0.18215 / std, 1))
+    torch.testing.assert_close(encoded(target, x), fold((raw - shift) * 0.18215 / std, 1))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +128,7 @@ def test_vae_from_a_folder(tmp_path: Path) -> None:
     made.vae.save_pretrained(tmp_path / "model" / "vae")  # type: ignore[attr-defined]
     loaded = make_target({"name": "vae", "path": str(tmp_path / "model"), "subfolder": "vae"})
     x = pictures(1, 1, 2, 16)
-    assert torch.equal(loaded.encode(x), made.encode(x)) and loaded.identity == made.identity
+    assert torch.equal(encoded(loaded, x), encoded(made, x)) and loaded.identity == made.identity
     with pytest.raises(
         UserError, match=r"target\.path '.*': no config\.json there; set subfolder to one of vae"
     ):
@@ -190,7 +153,7 @@ def test_every_vq_latent_is_a_row_of_the_codebook() -> None:
     target = make_target({"name": "vq", "config": VQ, "scale": 2.0})
     assert (target.cell, target.dim, target.moments_dim) == (16, 48, 48)
     x = pictures(2, 2, 3, 16)
-    tokens = target.encode(x)
+    tokens = encoded(target, x)
     latents = unfold(tokens, (2, 3), 4).permute(0, 2, 3, 1).reshape(-1, 3) / 2
     distance = (latents[:, None] - target.codebook[None]).square().sum(-1)  # type: ignore[attr-defined]
     assert float(distance.min(1).values.max()) == 0
@@ -215,104 +178,6 @@ def test_vq_folds_to_sixteen_pixels(levels: int, folded: int) -> None:
     assert target.cell == 16 and target.dim == 3 * folded**2
 
 
-# Features ------------------------------------------------------------------------------------------------
-
-
-def test_features_of_a_patch_follow_the_patch(tmp_path: Path) -> None:
-    """Layer 0, the embeddings: before any attention a feature depends on its own patch only."""
-    target = make_target({"name": "features", "path": dino(tmp_path), "layer": 0, "normalise": "none"})
-    assert (target.cell, target.dim, target.fixed) == (8, 16, False)  # type: ignore[attr-defined]
-    x = pictures(1, 3, 5, 8)
-    y = x.clone()
-    y[:, :, 8:16, 24:32] = 0.5  # row 1, column 3
-    changed = (target.encode(x) != target.encode(y)).any(-1)[0]
-    assert changed.nonzero().flatten().tolist() == [1 * 5 + 3]
-
-
-def test_features_are_the_networks_own_without_class_token(tmp_path: Path) -> None:
-    path = dino(tmp_path)
-    target = make_target({"name": "features", "path": path, "normalise": "none"})
-    x = pictures(2, 4, 4, 8)
-    seen = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-    net = Dinov2Model.from_pretrained(path).eval()
-    with torch.no_grad():
-        hidden = net(seen, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(target.encode(x), hidden[:, 1:])
-    tokens = make_target({"name": "features", "path": path}).encode(x)
-    torch.testing.assert_close(tokens, F.layer_norm(hidden[:, 1:], (16,)))
-
-
-def test_clip_and_siglip_towers_take_any_grid(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(**VIT)).save_pretrained(tmp_path / "clip")
-    SiglipVisionModel(SiglipVisionConfig(**VIT)).save_pretrained(tmp_path / "siglip")
-    text = {
-        k: VIT[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    }
-    CLIPModel(CLIPConfig(text_config={**text, "vocab_size": 9}, vision_config=VIT)).save_pretrained(tmp_path / "whole")  # fmt: skip
-    for name in ("clip", "siglip", "whole"):
-        target = make_target(
-            {
-                "name": "features",
-                "path": str(tmp_path / name),
-                "mean": [0.5] * 3,
-                "std": [0.5] * 3,
-                "layer": -2,
-            }
-        )
-        assert (target.cell, target.fixed) == (8, False)  # type: ignore[attr-defined]
-        tokens = target.encode(pictures(2, 3, 5, 8))
-        assert tokens.shape == (2, 15, 16) and tokens.isfinite().all()
-        torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 15), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match=r"target\.mean: the network has no image processor"):
-        make_target({"name": "features", "path": str(tmp_path / "clip")})
-
-
-def test_timm_towers(tmp_path: Path) -> None:
-    import timm
-
-    target = make_target({"name": "features", "timm": "test_vit", "weights": None, "normalise": "none"})
-    assert (target.cell, target.dim, target.fixed) == (16, 64, False)  # type: ignore[attr-defined]
-    net = timm.create_model("test_vit", pretrained=False, num_classes=0, dynamic_img_size=True)
-    net.load_state_dict(target.reader.module.state_dict())  # type: ignore[attr-defined]
-    x = pictures(1, 2, 3, 16)
-    mean, std = (torch.tensor(net.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-    with torch.no_grad():
-        tokens = net.eval().forward_intermediates(
-            (x - mean) / std, output_fmt="NLC", intermediates_only=True
-        )[-1]
-    torch.testing.assert_close(target.encode(x), tokens)
-    save_file(net.state_dict(), tmp_path / "vit.safetensors")
-    loaded = make_target(
-        {
-            "name": "features",
-            "timm": "test_vit",
-            "weights": str(tmp_path / "vit.safetensors"),
-            "normalise": "none",
-        }
-    )
-    assert loaded.identity == target.identity
-    cnn = make_target({"name": "features", "timm": "test_resnet", "weights": None, "layer": 2})
-    assert cnn.encode(pictures(1, 2, 3, cnn.cell)).shape == (1, 6, cnn.dim)
-
-
-def test_a_tower_of_one_size_is_moved_to_the_grid() -> None:
-    target = make_target(
-        {"name": "features", "timm": "test_vit_relpos", "weights": None, "normalise": "none"}
-    )
-    assert target.fixed and target.reader.own == (160, 160)  # type: ignore[attr-defined]
-    x = pictures(1, 10, 10, 16)
-    own = target.encode(x)
-    torch.testing.assert_close(own, target._features(x).flatten(2).transpose(1, 2))  # type: ignore[attr-defined]
-    assert target.encode(pictures(2, 3, 5, 16)).shape == (2, 15, target.dim)
-
-
-def test_features_cannot_be_decoded(tmp_path: Path) -> None:
-    target = make_target({"name": "features", "path": dino(tmp_path)})
-    with pytest.raises(UserError, match="FeatureTarget: this target cannot be turned back into a picture"):
-        target.decode(torch.zeros(1, 4, 16), (2, 2))
-
-
 # The auto-encoder that ships -----------------------------------------------------------------------------
 
 
@@ -334,7 +199,7 @@ def test_the_shipped_autoencoder_draws_held_out_scenes() -> None:
     target = make_target("autoencoder")
     assert (target.cell, target.dim, target.moments_dim) == (8, 16, 16)
     x, objects = held_out()
-    tokens = target.encode(x)
+    tokens = encoded(target, x)
     assert tokens.shape == (64, 64, 16)
     # standardised over scenes; these are 64 of them
     assert tokens.mean((0, 1)).abs().max() < 0.15 and (tokens.std((0, 1)) - 1).abs().max() < 0.15
@@ -374,7 +239,7 @@ def test_training_writes_a_file_that_the_target_reads(
         autoencoder.train_autoencoder(tmp_path / name, steps=steps, seed=seed, console=quiet, batch_size=4)
     a, b, c = (make_target({"name": "autoencoder", "weights": str(tmp_path / n)}) for n in "abc")
     assert a.identity == b.identity != c.identity != make_target("autoencoder").identity
-    tokens = a.encode(held_out(32)[0])
+    tokens = encoded(a, held_out(32)[0])
     assert tokens.mean((0, 1)).abs().max() < 0.3 and (tokens.std((0, 1)) - 1).abs().max() < 0.3
 
 
@@ -398,7 +263,7 @@ def test_frozen_targets_stay_frozen_and_move(specs: list[dict]) -> None:
         assert not net.training and not any(p.requires_grad for p in net.parameters())
         assert not isinstance(target, torch.nn.Module)
         x = pictures(3, 2, 2, target.cell).requires_grad_()
-        tokens = target.encode(x)
+        tokens = encoded(target, x)
         assert not tokens.requires_grad and tokens.dtype == torch.float32
         assert tokens.shape == (3, 4, target.moments_dim)
         assert target.to(torch.device("cpu")) is target
@@ -406,7 +271,7 @@ def test_frozen_targets_stay_frozen_and_move(specs: list[dict]) -> None:
         views = [torch.rand(3, 20, 30), torch.rand(3, 9, 9), pictures(1, 2, 3, target.cell, seed=4)[0]]
         moments = target.moments(views, sizes)
         assert moments.shape == (14, target.moments_dim)
-        torch.testing.assert_close(moments[8:], target.encode(views[2][None])[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(moments[8:], encoded(target, views[2][None])[0], atol=1e-5, rtol=1e-4)
         target.to(torch.device("meta"))
         assert {p.device.type for p in net.parameters()} == {"meta"}
 
@@ -416,10 +281,10 @@ def test_frozen_targets_on_a_gpu(specs: list[dict]) -> None:
     for spec in specs:
         here, there = make_target(spec), make_target(spec).to(torch.device("cuda"))
         x = pictures(2, 2, 3, here.cell)
-        moved = there.encode(x)
+        moved = encoded(there, x)
         assert moved.device.type == "cuda"
         # (an index of a codebook may flip where two codes are equally near)
-        close = (here.encode(x) - moved.cpu()).abs().amax(-1) < 1e-2
+        close = (encoded(here, x) - moved.cpu()).abs().amax(-1) < 1e-2
         assert close.float().mean() > 0.9
         if spec["name"] != "features":
             tokens = moved[..., : here.dim].requires_grad_()
@@ -458,7 +323,7 @@ def test_vae_in_bfloat16_is_near() -> None:
     exact = make_target({"name": "vae", "config": FLUX, "posterior": "mean"})
     rough = make_target({"name": "vae", "config": FLUX, "posterior": "mean", "dtype": "bfloat16"})
     x = pictures(1, 2, 2, 16)
-    a, b = exact.encode(x), rough.encode(x)
+    a, b = encoded(exact, x), encoded(rough, x)
     assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.1 * a.std() + 0.05
     assert rough.decode(b, (2, 2)).dtype == torch.float32
 
@@ -501,19 +366,7 @@ def test_mistakes_are_one_line(spec: str | dict, message: str) -> None:
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_what_is_no_vision_transformer_is_refused(tmp_path: Path) -> None:
-    text = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
-    )
-    LlamaForCausalLM(text).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"target\.path .*is no vision transformer"):
-        make_target({"name": "features", "path": str(tmp_path)})
-    layered = dino(tmp_path / "dino")
-    with pytest.raises(UserError, match=r"target\.layer: 7; there are 0 to 2"):
-        make_target({"name": "features", "path": layered, "layer": 7})
-
-
 def test_pixels_are_a_target_too() -> None:
     target: Target = make_target({"name": "pixels", "cell": 8})
     x = pictures(1, 2, 3, 8)
-    torch.testing.assert_close(target.decode(target.encode(x), (2, 3)), x)
+    torch.testing.assert_close(target.decode(encoded(target, x), (2, 3)), x)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from opsin.training.models import TOWER_4, scenes_llava
+from opsin.models.shipped import TOWER_4
+from opsin.training.models import scenes_llava
 
 
 def test_a_tower_loads_under_the_names_of_both_versions_of_transformers(tmp_path: Path) -> None:

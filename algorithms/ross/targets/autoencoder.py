@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from ....models.errors import UserError
-from .base import fold as fold_maps
-from .base import unfold, weights_id
-from .frozen import WHERE, FrozenTarget, one_line, whole
+from ....models.targets.base import fold as fold_maps
+from ....models.targets.base import unfold, weights_id
+from ....models.targets.frozen import WHERE, FrozenTarget, one_line, whole
 from .patches import PatchAutoencoder
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "scenes_autoencoder.safetensors"
@@ -58,7 +58,7 @@ class AutoencoderTarget(FrozenTarget):
         return f"autoencoder fold={self.fold} antialias={self.antialias} weights={weights_id(self.net)}"
 
     @torch.no_grad()
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+    def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.encode`."""
         return fold_maps(self.net.encode(self._ready(pictures * 2 - 1)), self.fold)
 

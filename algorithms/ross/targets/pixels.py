@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import Target, fold, unfold
-from .frozen import whole
+from ....models.targets.base import Target, fold, unfold
+from ....models.targets.frozen import whole
 
 
 class PixelTarget(Target):
@@ -25,7 +25,7 @@ class PixelTarget(Target):
         """Kind and geometry."""
         return f"pixels cell={self.cell} antialias={self.antialias}"
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+    def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.encode`."""
         return fold(pictures * 2 - 1, self.cell)
 

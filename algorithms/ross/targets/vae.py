@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import fold as fold_maps
-from .base import unfold, weights_id
-from .frozen import DTYPES, FrozenTarget, autoencoder, choice, whole
+from ....models.targets.base import fold as fold_maps
+from ....models.targets.base import unfold, weights_id
+from ....models.targets.frozen import DTYPES, FrozenTarget, choice, whole
+from .diffusers_models import autoencoder
 
 _BLOCKS: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
@@ -97,7 +98,7 @@ class VAETarget(FrozenTarget):
         )
 
     @torch.no_grad()
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+    def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.encode`: means, and behind them standard deviations, both shifted and scaled."""
         found = self.vae.encode(self._ready(pictures * 2 - 1)).latent_dist
         shift, scale = self.shift.to(self.device), self.scale.to(self.device)

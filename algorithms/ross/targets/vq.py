@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ....models.errors import UserError
-from .base import fold as fold_maps
-from .base import unfold, weights_id
-from .frozen import WHERE, FrozenTarget, autoencoder, whole
+from ....models.targets.base import fold as fold_maps
+from ....models.targets.base import unfold, weights_id
+from ....models.targets.frozen import WHERE, FrozenTarget, whole
+from .diffusers_models import autoencoder
 
 CELL = 16
 """Pixels of a token where ``fold`` is not given: as with FLUX's latents."""
@@ -79,7 +80,7 @@ class VQTarget(FrozenTarget):
         )
 
     @torch.no_grad()
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+    def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.encode`."""
         codes = self.vq.quantize(self.vq.encode(self._ready(pictures * 2 - 1)).latents)[2][2]
         rows, columns = (side // self.factor for side in pictures.shape[-2:])

@@ -1,7 +1,7 @@
-"""What is reconstructed: a vector for each patch, made of the picture by a frozen function.
+"""What a method predicts: a vector for each patch, made of the picture by a frozen function.
 
-A target resizes each view to ``cell`` pixels a patch, so that the number of target tokens is the number of
-visual tokens whatever the model's grid is, and folds ``fold x fold`` latents into one token.
+A target gives one vector for each visual token, whatever the model's grid is. Most resize each view to ``cell``
+pixels a patch, and auto-encoders fold ``fold x fold`` latents into one token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ....models.errors import UserError
+from ..errors import UserError
 
 
 def fold(maps: torch.Tensor, by: int) -> torch.Tensor:
@@ -62,8 +62,14 @@ class Target(ABC):
         """What made the target: kind, geometry and weights. Equal exactly when the latents are."""
 
     @abstractmethod
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(B, 3, rows * cell, columns * cell) float32 in [0, 1] -> moments (B, rows * columns, M) float32."""
+    def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Moments of pictures that :meth:`sized` has made: (B, rows * columns, M) float32, raster order.
+
+        Args:
+            pictures: (B, 3, H, W) float32 in [0, 1]; H x W is rows * cell x columns * cell, except for a target
+                whose :meth:`sized` says otherwise.
+            grid: (rows, columns) of the model's patches.
+        """
 
     def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens (B, rows * columns, C) -> pictures (B, 3, rows * cell, columns * cell), with a graph.
@@ -94,7 +100,7 @@ class Target(ABC):
         for grid, members in alike(pictures, grids):  # one call a size, not one a picture
             for start in range(0, len(members), self.pictures_at_once):
                 chunk = members[start : start + self.pictures_at_once]
-                encoded = self.encode(self.sized(torch.stack([pictures[i] for i in chunk]), *grid))
+                encoded = self.encode(self.sized(torch.stack([pictures[i] for i in chunk]), *grid), grid)
                 found.update(zip(chunk, encoded.unbind(), strict=True))
         return torch.cat([found[i] for i in range(len(pictures))])
 
@@ -112,7 +118,10 @@ class Target(ABC):
         return self.moments_dim != self.dim
 
     def sized(self, pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Views (B, 3, h, w) as this target reads them: (B, 3, rows * cell, columns * cell) float32 in [0, 1]."""
+        """Views (B, 3, h, w) as this target reads them: (B, 3, rows * cell, columns * cell) float32 in [0, 1].
+
+        A target that moves a map to the grid afterwards may give another size.
+        """
         size = (rows * self.cell, columns * self.cell)
         if pictures.shape[-2:] == size:
             return pictures.float()
