@@ -44,7 +44,7 @@ CAUSAL = {
 TABLES = [
     CAUSAL,
     _with(CAUSAL, PATCHES, dict.fromkeys(PATCHES, "yes")),
-    {**JARVIS, **dict.fromkeys(BLOCKS_OF, {"context": "yes"})},
+    _with(JARVIS, set(BLOCKS_OF), dict.fromkeys(BLOCKS_OF, "no")),
     JARVIS,
     {**JARVIS, "text after": {key: seen for key, seen in AFTER.items() if key != "unused"}},
     _with(JARVIS, PATCHES, {"text before": "yes"}),
