@@ -164,7 +164,10 @@ evaluations = Registry("evaluations", "What is measured of a trained model.", {
 callbacks = Registry(
     "callbacks",
     "Callbacks of Opsin, and Composer's own.",
-    {"ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures"},
+    {
+        "jarvis_pictures": "opsin.algorithms.jarvis.pictures:JARVISPictures",
+        "ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures",
+    },
     _composer_callbacks,
 )
 patch_targets = Registry("patch_targets", "What `opsin data latents` computes and stores for a method.", {

@@ -273,7 +273,7 @@ class JARVIS(VisionAlgorithm):
         Args:
             batch: on the CPU.
             step: of training.
-            always: mask every view, whatever ``ntp_probability`` says (to look at predictions).
+            always: mask every view, whatever ``ntp_probability`` says (to look at predictions; nothing is counted).
             seed: instead of the run's.
         """
         grid, seed = batch["view_grid"], self._seed if seed is None else seed
@@ -292,6 +292,8 @@ class JARVIS(VisionAlgorithm):
             weight = target_weights(code, view, len(grid), self.weighting)
         batch[CODE], batch[WEIGHT] = code, weight
         batch[CUT + self.name] = partial(cut, branch=self.branch, see_pretext=self.see_pretext)
+        if always:
+            return  # else the log would tell of views that were not trained on
         masked = torch.zeros(len(grid), dtype=torch.bool).index_put_((view,), code != 0, accumulate=False)
         self._views += torch.stack([masked.sum(), (used & ~masked).sum(), (~used).sum()]).double()
 
