@@ -85,11 +85,14 @@ def block_atoms(query: Tokens, key: Tokens, size: int) -> tuple[Atoms, Atoms]:
         offers = offers | (key.groups != 0)
         (some_q, all_q), (some_k, all_k) = _bits(query.groups), _bits(key.groups)
         some_group, all_groups = _outer_and(some_q, some_k) != 0, _outer_and(all_q, all_k) != 0
-    some_document, one_document = pair("document", asks, offers)
-    off_trunk = key.off_trunk != 0
-    some_branch, one_branch = pair("branch", asks & (query.off_trunk != 0), offers & off_trunk)
-    some_branch = some_branch | (offers & ~off_trunk).any(-1)[:, None]
-    one_branch = one_branch | ~off_trunk.any(-1)[:, None]
+    some_together = all_together = None
+    if key.off_trunk is not None and query.off_trunk is not None:
+        some_document, one_document = pair("document", asks, offers)
+        off_trunk = key.off_trunk != 0
+        some_branch, one_branch = pair("branch", asks & (query.off_trunk != 0), offers & off_trunk)
+        some_branch = some_branch | (offers & ~off_trunk).any(-1)[:, None]
+        one_branch = one_branch | ~off_trunk.any(-1)[:, None]
+        some_together, all_together = some_document & some_branch, one_document & one_branch
     some_image = one_image = some_scope = one_scope = None
     if query.image is not None:
         some_image, one_image = pair("image", query.flags & IMAGE != 0, key.flags & IMAGE != 0)
@@ -103,7 +106,7 @@ def block_atoms(query: Tokens, key: Tokens, size: int) -> tuple[Atoms, Atoms]:
         causal=block <= block[:, None],
         itself=diagonal,
         flags=_outer_and(some_q, some_k),
-        together=some_document & some_branch,
+        together=some_together,
         image=some_image,
         scope=some_scope,
         group=some_group,
@@ -111,7 +114,7 @@ def block_atoms(query: Tokens, key: Tokens, size: int) -> tuple[Atoms, Atoms]:
         causal=block < block[:, None],
         itself=torch.zeros_like(diagonal),
         flags=_outer_and(all_q, all_k),
-        together=one_document & one_branch,
+        together=all_together,
         image=one_image,
         scope=one_scope,
         group=all_groups,

@@ -82,11 +82,11 @@ class Step:
         batch = self.batch
         if batch.get("plain_attention", False) and not bidirectional_images and not self.visibility:
             return None
-        image = batch["image_ids"]
+        image, alone = batch["image_ids"], batch.get("plain_attention", False)
         see = Visibility(
             valid=batch["attention_mask"].bool(),
-            document=batch["document_ids"],
-            branch=batch["branch_ids"],
+            document=None if alone else batch["document_ids"],
+            branch=None if alone else batch["branch_ids"],
             image=image,
             bidirectional=image >= 0 if bidirectional_images else None,
         )

@@ -21,8 +21,9 @@ class Visibility:
 
     Attributes:
         valid: bool, False for padding.
-        document: int, documents packed into one row do not see each other.
-        branch: int, 0 for a document's trunk; branches (independent questions) see trunk and themselves.
+        document: int, documents packed into one row do not see each other. None: one a row.
+        branch: int, 0 for a document's trunk; branches (independent questions) see trunk and themselves. None
+            exactly where ``document`` is: there are none.
         image: int, ordinal of the image within its row, -1 for text.
         bidirectional: bool, image tokens with True see all tokens of their own image; None: all causal.
         closed: bool, queries that see nothing but, within their scope, ``context`` tokens and tokens that
@@ -40,8 +41,8 @@ class Visibility:
     """
 
     valid: torch.Tensor
-    document: torch.Tensor
-    branch: torch.Tensor
+    document: torch.Tensor | None
+    branch: torch.Tensor | None
     image: torch.Tensor
     bidirectional: torch.Tensor | None = None
     closed: torch.Tensor | None = None
@@ -75,7 +76,7 @@ class Tokens:
 
     Attributes:
         flags: uint8, what a query asks for, or what a key offers.
-        document, branch: int.
+        document, branch: int; None where there is one document a row and no branch.
         off_trunk: int like ``branch``: all bits in branches, none in a trunk.
         image: int; None where no query is bidirectional.
         scope: int; None where no query is closed.
@@ -83,9 +84,9 @@ class Tokens:
     """
 
     flags: torch.Tensor
-    document: torch.Tensor
-    branch: torch.Tensor
-    off_trunk: torch.Tensor
+    document: torch.Tensor | None
+    branch: torch.Tensor | None
+    off_trunk: torch.Tensor | None
     image: torch.Tensor | None
     scope: torch.Tensor | None
     groups: torch.Tensor | None
@@ -109,7 +110,10 @@ def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
 
 def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
     """Every token as query and as key. All that concerns one token is decided here, at the cost of O(B * L)."""
-    document, branch, image = _narrow(see.document), _narrow(see.branch), None
+    image = document = branch = off_trunk = None
+    if see.document is not None and see.branch is not None:
+        document, branch = _narrow(see.document), _narrow(see.branch)
+        off_trunk = -(branch != 0).to(branch.dtype)
     scope = of_queries = of_keys = None
     everywhere = torch.ones_like(see.valid)
     opened = everywhere if see.closed is None else ~see.closed
@@ -127,7 +131,6 @@ def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
         of_keys = see.group_bits.masked_fill(~see.valid, 0)
         if see.preceding is not None:
             asks[PRECEDING], offers[PRECEDING] = see.closed, see.valid & see.preceding
-    off_trunk = -(branch != 0).to(branch.dtype)
     return (
         Tokens(_flags(asks), document, branch, off_trunk, image, scope, of_queries),
         Tokens(_flags(offers), document, branch, off_trunk, image, scope, of_keys),
@@ -142,7 +145,7 @@ class Atoms:
         causal: bool, the key does not come later.
         itself: bool, query and key are one token.
         flags: uint8, flags that the query asks for and the key offers.
-        together: bool, one document, and the key in its trunk or in the query's branch.
+        together: bool, one document, and the key in its trunk or in the query's branch; None: always.
         image, scope: bool, both have the same; None as in :class:`Tokens`.
         group: bool, both belong to one group; None like ``scope``.
     """
@@ -150,7 +153,7 @@ class Atoms:
     causal: torch.Tensor
     itself: torch.Tensor
     flags: torch.Tensor
-    together: torch.Tensor
+    together: torch.Tensor | None
     image: torch.Tensor | None
     scope: torch.Tensor | None
     group: torch.Tensor | None
@@ -175,7 +178,9 @@ def rule(atoms: Atoms) -> torch.Tensor:
     if atoms.scope is not None:
         assert atoms.group is not None
         seen = seen | (atoms.scope & (atoms.group | up(CONTEXT)))
-    return (seen & atoms.together) | (atoms.itself & up(ITSELF))
+    if atoms.together is not None:
+        seen = seen & atoms.together
+    return seen | (atoms.itself & up(ITSELF))
 
 
 def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> Atoms:
@@ -190,12 +195,15 @@ def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> A
             return None
         return ~(key ^ query).bool() if as_one else (key & query).bool()
 
-    apart = (key.document ^ query.document) | ((key.branch ^ query.branch) & key.off_trunk)
+    together = None
+    if key.document is not None and key.off_trunk is not None:
+        assert query.document is not None and key.branch is not None and query.branch is not None
+        together = ~((key.document ^ query.document) | ((key.branch ^ query.branch) & key.off_trunk)).bool()
     return Atoms(
         causal=k <= q,
         itself=q == k,
         flags=key.flags & query.flags,
-        together=~apart.bool(),
+        together=together,
         image=both(key.image, query.image, as_one=True),
         scope=both(key.scope, query.scope, as_one=True),
         group=both(key.groups, query.groups, as_one=False),

@@ -37,7 +37,7 @@ def attention_terms(
     """
     closed = (code & MASKED) != 0
     context = (code & CONTEXT) != 0
-    bits = code & BLOCKS
+    bits = (code & BLOCKS).to(torch.uint8)
     terms = {"closed": closed, "context": context, "group_bits": bits, "scope": scope}
     if hide_unused:
         terms["hidden"] = closed & ~context & (bits == 0)

@@ -343,12 +343,7 @@ class JARVIS(VisionAlgorithm):
             torch.where(own, 0, -1),
             preceding=(valid & (image < 0)) if self.see_pretext else None,
         )
-        see = Visibility(
-            valid=valid,
-            document=torch.zeros_like(positions),
-            branch=torch.zeros_like(positions),
-            image=image,
-        ).with_terms(**terms)
+        see = Visibility(valid=valid, document=None, branch=None, image=image).with_terms(**terms)
         hidden = (code & BLOCKS) != 0
         return Branch(positions, self.tap, see, lambda embeddings: latent(embeddings, hidden))
 

@@ -17,7 +17,7 @@ import torch
 from ...models.errors import UserError, nearest
 from ...models.randomness import keys, uniform
 
-MOST_BLOCKS = 12
+MOST_BLOCKS = 8
 CONTEXT = 1 << MOST_BLOCKS
 MASKED = 1 << (MOST_BLOCKS + 1)
 BLOCKS = CONTEXT - 1
