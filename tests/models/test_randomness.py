@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsin.models.randomness import keys, mix, normal, uniform
+from opsin.models.randomness import keys, keys_of_views, mix, normal, uniform, view_keys
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -123,3 +123,23 @@ def test_keys_lie_where_their_tensors_lie_and_numbers_cost_no_transfer() -> None
     here = torch.arange(3)
     assert torch.equal(keys(5, 7, here), keys(torch.tensor(5), torch.tensor(7), here))
     assert int(keys(5, 7)) == int(keys(torch.tensor(5), torch.tensor(7)))
+
+
+def test_a_view_has_one_key_wherever_its_document_lies() -> None:
+    """Second view of the second picture of sample 7, alone in a row or packed behind others."""
+
+    def batch(row: list[int], document: list[int], uid: list[list[int]], image: list[int]) -> dict:
+        named = {"view_row": row, "view_document": document, "document_uid": uid, "view_image": image}
+        found = {name: torch.tensor(values) for name, values in named.items()}
+        return {**found, "document_visit": torch.full_like(found["document_uid"], 3)}
+
+    alone = keys_of_views(11, batch([0, 0, 0], [0, 0, 0], [[7]], [0, 1, 1]))
+    packed = keys_of_views(11, batch([0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [[5, 6], [4, 7]], [0, 0, 0, 1, 1]))
+    assert torch.equal(packed[2:], alone)
+    assert len(set(packed.tolist())) == 5
+    # the same sample twice in a batch: both begin at their first view
+    twice = keys_of_views(11, batch([0, 0], [0, 1], [[7, 7]], [0, 0]))
+    assert twice.tolist() == [int(alone[0])] * 2
+    assert torch.equal(alone, keys(11, 7, 3, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])))
+    empty = torch.empty(0, dtype=torch.int64)
+    assert view_keys(1, empty, empty, empty, empty).shape == (0,)

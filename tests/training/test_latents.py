@@ -9,18 +9,21 @@ import shutil
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from streaming import MDSWriter
+from typer.testing import CliRunner
 
+from opsin.algorithms.jarvis import targets as jarvis_targets
 from opsin.algorithms.ross.targets.pixels import PixelTarget
 from opsin.data.batch import split_batch
 from opsin.data.collate import VLMCollator
 from opsin.data.loader import build_encoder
-from opsin.data.patch_targets import COLUMN, DESCRIPTION, check, unpack
+from opsin.data.patch_targets import COLUMN, DESCRIPTION, check, unpack, use_stored
 from opsin.data.schema import COLUMNS, HASHES, pack_images, unpack_images
 from opsin.data.sentences import SIDECAR, SentenceCounts, dataset_hash
 from opsin.data.streaming import StreamingVLMDataset
@@ -31,6 +34,8 @@ from opsin.models.geometry import geometry_id
 from opsin.models.vlm import VisionLanguageModel
 from opsin.training import latents, registry
 from opsin.training.config import load
+from opsin.training.data_app import data_app
+from opsin.training.models import scenes_llava
 from opsin.training.stage_data import build_dataset
 
 import runs
@@ -242,3 +247,70 @@ def test_the_command_reads_model_folders_and_a_run_reads_what_it_wrote(
         assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "other").exists()
     assert "ross" in registry.patch_targets.names()
+
+
+def run_features(*arguments: str) -> Any:
+    return CliRunner().invoke(data_app, ["features", *arguments, "--device", "cpu"], catch_exceptions=False)
+
+
+def test_features_are_stored_as_they_would_be_computed(tmp_path: Path, scenes: str) -> None:
+    out = str(tmp_path / "side")
+    typed = [scenes, out, "--model", "scenes_llava", "--target", "tower", "--set", "path=scenes", "--sidecar"]
+    assert "64 pictures computed" in run_features(*typed).output
+    config = runs.config_file(tmp_path, scenes)
+    loaded = load([config], [f"train_loader.dataset.patch_targets={out}"])
+    dataset = build_dataset(loaded.run.train_loader.dataset, 4, 17)
+    info = dataset.patch_targets_info
+    assert (
+        info.command
+        == f"opsin data features {scenes} {out} --model scenes_llava --target tower --set path=scenes --sidecar"
+    )
+    assert (info.name, info.moments_dim, info.made_with) == ("jarvis", 96, "opsin data features")
+    target = jarvis_targets.make_target({"name": "tower", "path": "scenes"})
+    assert info.identity == target.identity
+    built = scenes_llava()
+    encoder = build_encoder(built.processor, built.hf.config, template="plain", max_seq_len=512)
+    collator = VLMCollator(encoder)
+    batch = collator([dataset[i] for i in range(6)])
+    online = target.moments(
+        anatomy_of(built.hf).pictures(batch, built.processor), batch["view_grid"].tolist()
+    )
+    assert len(online) == 6 * 64
+    assert torch.equal(batch[COLUMN], online.bfloat16())
+    # What a method asks at its start.
+    loader = SimpleNamespace(dataset=dataset, collate_fn=collator)
+    command = "opsin data features"
+    for stored, taken in (("auto", True), ("required", True), ("ignore", False)):
+        assert use_stored(loader, "jarvis", stored, target.identity, "algorithms.jarvis", command) == taken
+    assert not use_stored(loader, "ross", "auto", target.identity, "algorithms.ross")
+    other = jarvis_targets.make_target({"name": "tower", "path": "scenes", "layer": -2}).identity
+    for name, stored, identity, message in (
+        ("jarvis", "auto", other, r"jarvis\.target: .* make them anew with `opsin data features`"),
+        ("other", "required", other, r"jarvis\.stored: .* make them with `opsin data features`"),
+    ):
+        with pytest.raises(UserError, match=message):
+            use_stored(loader, name, stored, identity, "algorithms.jarvis", command)
+
+
+def test_features_go_on_and_say_what_is_wrong(tmp_path: Path, scenes: str) -> None:
+    typed = [scenes, str(tmp_path / "out"), "--model", "scenes_llava", "--target", "tower"]
+    for more, message in (
+        (["--set", "path=nowhere"], r"^--target\.path 'nowhere': no such folder"),
+        ([], r"^--target\.path: a run folder, a model folder or scenes is needed"),
+        (["--set", "path=scenes", "--set", "layr=1"], r"^--target\.layr: unknown key; did you mean 'layer'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_features(*typed, *more)
+    with pytest.raises(UserError, match=r"^--target: unknown target 'vae'; known: features, tower"):
+        run_features(*typed[:-1], "vae")
+    assert not (tmp_path / "out").exists()
+    model = ["--set", "path=scenes", "--set", "layer=-2", "--set", "dtype=bfloat16"]
+    latents.latents(
+        scenes, str(tmp_path / "same"), "scenes_llava", method="jarvis", target="tower", settings=model[1::2],
+        device="cpu", console=Console(quiet=True),
+    )  # fmt: skip
+    run_features(*typed, *model)
+    one, other = (open_(str(tmp_path / name)) for name in ("same", "out"))
+    assert one.patch_targets_info.kind == other.patch_targets_info.kind
+    assert [s[COLUMN] for s in one] == [s[COLUMN] for s in other]
+    assert "--method jarvis" in one.patch_targets_info.command
