@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,3 +53,18 @@ def test_a_mistake_names_the_callback(tmp_path: Path, scenes: str) -> None:
     shown = {"jarvis_pictures": {"remote": scenes, "images": 0}}
     with pytest.raises(UserError, match=r"callbacks\.jarvis_pictures\.images: 0 is less than 1"):
         train(runs.loaded(tmp_path, scenes, algorithms=JARVIS, model=MODEL, callbacks=shown))
+
+
+@pytest.mark.world
+def test_strips_of_a_sharded_run(ranks: Any, tmp_path: Path, scenes: str) -> None:
+    """All ranks run the sharded model, one writes."""
+    shown = {"jarvis_pictures": {"remote": scenes, "images": 2, "interval": "1ba"}}
+    config = runs.config_file(
+        tmp_path, scenes, algorithms=JARVIS, model=MODEL, callbacks=shown, max_duration="2ba",
+        parallelism_config={"fsdp2": {}},
+    )  # fmt: skip
+    results = ranks.run("jobs:run_yaml", files=[config])
+    folder = Path(results[0]["folder"]) / "stages/instruct/jarvis_pictures"
+    assert sorted(p.name for p in folder.iterdir()) == ["ba1.png", "ba2.png"]
+    with Image.open(folder / "ba2.png") as strip:
+        assert strip.size == (4 * 132 + 4, 2 * 132 + 4 + 16)
