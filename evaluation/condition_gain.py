@@ -21,6 +21,7 @@ from ..algorithms.ross.sampling import conditions
 from ..algorithms.ross.views import Views
 from ..models.errors import UserError
 from ..models.vlm import VisionLanguageModel
+from .intervals import mean_and_half
 
 CONDITIONS = ("right", "another", "zero")
 SEED = 0
@@ -62,11 +63,6 @@ class ConditionCurve:
             "condition_gain": gain,
             "condition_gain_95": half,
         }
-
-
-def mean_and_half(values: np.ndarray) -> tuple[float, float]:
-    """Mean of n values and half of its 95 % interval (normal)."""
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
 
 
 @torch.no_grad()

@@ -3,7 +3,10 @@
 Features of a vision model share a large mean, so that a plain cosine is high for anybody who predicts that mean.
 Everything here is **centred**: the mean of the training pictures' features at the same place of the grid is taken away
 from prediction and target before the cosine is taken. The mean itself scores 0 by construction, and so does whoever knows
-the place and not the picture.
+the place and not the picture. Where pictures differ in their whole (the colour of a wall), that difference is most of what
+is left, and any visible patch tells it; ``within`` is the cosine after the mean over the picture's own hidden patches is
+taken away as well, from both: what is said about one patch rather than another. There, ``another`` is the mark to beat:
+places where most pictures show nothing deviate from their mean in one direction, which needs no picture to be told.
 
 Rows, all on the same hidden positions of held-out pictures:
 
@@ -32,6 +35,7 @@ from ..algorithms.jarvis.sampler import BLOCKS, CONTEXT
 from ..data.batch import split_batch, to_device
 from ..models.errors import UserError
 from ..models.vlm import VisionLanguageModel
+from .intervals import mean_and_half
 
 ROWS = ("jarvis", "mean", "nearest", "linear_context", "linear_token", "another")
 SEED = 0
@@ -194,23 +198,26 @@ class Guesses:
 
 @dataclass(frozen=True)
 class HiddenFeatures:
-    """Centred cosines: row -> (n,) float64, each picture's mean over its hidden positions."""
+    """Centred cosines: row -> (n,) float64, each picture's mean over its hidden positions; ``within``: see above."""
 
     cosine: dict[str, np.ndarray]
+    within: dict[str, np.ndarray]
     positions: int
     fitted_on: int
 
-    def summary(self) -> dict[str, tuple[float, float]]:
-        """Row -> mean over pictures and half of its 95 % interval."""
-        n = max(len(self.cosine["jarvis"]), 2)
+    def summary(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Row -> ``cosine`` and ``within`` -> mean over pictures and half of its 95 % interval."""
         return {
-            row: (float(values.mean()), float(1.96 * values.std(ddof=1) / n**0.5))
-            for row, values in self.cosine.items()
+            row: {"cosine": mean_and_half(self.cosine[row]), "within": mean_and_half(self.within[row])}
+            for row in self.cosine
         }
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        rows = {row: {"centred_cosine": m, "half_95": h} for row, (m, h) in self.summary().items()}
+        rows = {
+            row: {key: {"mean": mean, "half_95": half} for key, (mean, half) in of_row.items()}
+            for row, of_row in self.summary().items()
+        }
         return {
             "pictures": len(self.cosine["jarvis"]),
             "positions": self.positions,
@@ -245,33 +252,45 @@ def measure(
     for batch in training:
         guesses.add(look(model, jarvis, dict(batch), predict=False))
     guesses.finish()
-    found: dict[str, list[np.ndarray]] = {row: [] for row in ROWS}
+    cosine: dict[str, list[np.ndarray]] = {row: [] for row in ROWS}
+    within: dict[str, list[np.ndarray]] = {row: [] for row in ROWS}
     positions = 0
     for batch in held_out:
         seen = look(model, jarvis, dict(batch), predict=True)
         positions += int(seen.hidden.sum())
-        for row, values in _score(seen, guesses).items():
-            found[row].append(values)
-    if not found["jarvis"]:
+        for row, (plain, inner) in _score(seen, guesses).items():
+            cosine[row].append(plain)
+            within[row].append(inner)
+    if not positions:
         raise UserError("hidden features: no held-out pictures")
-    return HiddenFeatures({row: np.concatenate(v) for row, v in found.items()}, positions, guesses.pictures)
+    return HiddenFeatures(_joined(cosine), _joined(within), positions, guesses.pictures)
 
 
-def _score(seen: Seen, guesses: Guesses) -> dict[str, np.ndarray]:
+def _joined(found: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    return {row: np.concatenate(parts) for row, parts in found.items()}
+
+
+def _score(seen: Seen, guesses: Guesses) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     assert guesses.context is not None and guesses.token is not None and seen.predicted is not None
     mean = guesses.mean.to(seen.feature.device)
     wanted = seen.feature - mean
     nearest = nearest_context(seen.context, guesses.grid)
     own = seen.predicted - mean
     said = {
-        "jarvis": own,
-        "mean": torch.zeros_like(wanted),
-        "nearest": seen.feature.gather(1, nearest[..., None].expand_as(seen.feature)) - mean,
-        "linear_context": guesses.context(_context_inputs(seen, guesses.grid)),
-        "linear_token": guesses.token(seen.token),
+        "jarvis": (own, wanted),
+        "mean": (torch.zeros_like(wanted), wanted),
+        "nearest": (seen.feature.gather(1, nearest[..., None].expand_as(seen.feature)) - mean, wanted),
+        "linear_context": (guesses.context(_context_inputs(seen, guesses.grid)), wanted),
+        "linear_token": (guesses.token(seen.token), wanted),
+        "another": (own, wanted.roll(1, 0)),
     }
     # Positions that count weigh alike within a picture, and pictures alike.
     weight = seen.hidden.double() / seen.hidden.sum(1, keepdim=True).clamp(min=1)
-    scores = {row: F.cosine_similarity(value, wanted, dim=-1) for row, value in said.items()}
-    scores["another"] = F.cosine_similarity(own, wanted.roll(1, 0), dim=-1)
-    return {row: (value.double() * weight).sum(1).cpu().numpy() for row, value in scores.items()}
+
+    def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+        return (F.cosine_similarity(a, b, dim=-1).double() * weight).sum(1).cpu().numpy()
+
+    def inner(value: torch.Tensor) -> torch.Tensor:
+        return value - torch.einsum("nv,nvc->nc", weight.to(value.dtype), value)[:, None]
+
+    return {row: (mean_cosine(a, b), mean_cosine(inner(a), inner(b))) for row, (a, b) in said.items()}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..algorithms.jarvis import JARVIS
-from ..evaluation.hidden_features import ROWS, HiddenFeatures, measure
+from ..evaluation.hidden_features import HiddenFeatures, measure
 from ..models.errors import UserError
 from .opened import OpenedMethod, distinct_pictures, open_method
 from .run_folder import write_atomically
@@ -111,11 +111,12 @@ def _print(console: Console, name: str, found: HiddenFeatures) -> None:
     )
     table.add_column("guess")
     table.add_column("centred cosine", justify="right")
-    summary = found.summary()
-    for row in ROWS:
-        mean, half = summary[row]
-        table.add_row(SAID[row], f"{mean:.3f} +-{half:.3f}")
+    table.add_column("within the picture", justify="right")
+    for row, of_row in found.summary().items():
+        table.add_row(SAID[row], *(f"{mean:.3f} +-{half:.3f}" for mean, half in of_row.values()))
     console.print(table)
     console.print(
-        "centred: without the training pictures' mean at each place; +- 95 % over pictures", soft_wrap=True
+        "centred: without the training pictures' mean at each place; within the picture: without its own mean over "
+        "hidden patches, too; +- 95 % over pictures",
+        soft_wrap=True,
     )

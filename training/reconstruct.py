@@ -24,9 +24,9 @@ from ..evaluation.condition_gain import (
     CONDITIONS,
     ConditionCurve,
     condition_curve,
-    mean_and_half,
     others,
 )
+from ..evaluation.intervals import mean_and_half
 from ..models.errors import UserError
 from .opened import OpenedMethod, distinct_pictures, open_method
 from .run_folder import write_atomically
