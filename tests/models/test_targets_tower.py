@@ -125,8 +125,8 @@ def test_the_tower_that_ships() -> None:
     model = scenes_llava()
     x = torch.rand(2, 3, 64, 64)
     processor = model.processor.image_processor
-    assert target.mean.flatten().tolist() == processor.image_mean
-    assert target.std.flatten().tolist() == processor.image_std
+    assert target.mean.flatten().tolist() == list(processor.image_mean)
+    assert target.std.flatten().tolist() == list(processor.image_std)
     with torch.no_grad():
         said = model.hf.eval().model.vision_tower((x - 0.5) / 0.25).last_hidden_state
     torch.testing.assert_close(target.encode(x, (8, 8)), said[:, 1:])
