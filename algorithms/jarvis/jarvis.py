@@ -254,6 +254,11 @@ class JARVIS(VisionAlgorithm):
         plain = getattr(getattr(encoder, "template", None), "name", None) == "plain"
         unmasked = self.text_loss == "unmasked" or (self.text_loss == "auto" and not plain)
         self.branch = unmasked and self.masks is not None
+        if self.branch and self.hide_unused:
+            raise UserError(
+                "algorithms.jarvis.hide_unused: it hides patches from words, which see the whole image with text_loss: "
+                "unmasked (what auto is where there are questions); set text_loss: masked"
+            )
         logger.log_hyperparameters({"jarvis/text_loss": "unmasked" if unmasked else "masked"})
 
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
