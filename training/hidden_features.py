@@ -25,10 +25,10 @@ BATCH = 32
 
 SAID = {
     "jarvis": "JARVIS",
-    "mean": "mean of the training pictures at this place",
-    "nearest": "target feature of the nearest context patch",
-    "linear_context": "linear map from the context's visual tokens",
-    "linear_token": "linear map from the hidden place's own visual token",
+    "mean": "mean at this place",
+    "nearest": "feature of the nearest context patch",
+    "linear_context": "linear, from context tokens",
+    "linear_token": "linear, from the hidden token itself",
     "another": "JARVIS, another picture's features",
 }
 
