@@ -310,7 +310,7 @@ class JARVIS(VisionAlgorithm):
             return
         latent = model.net.auxiliary[self.name].latent
         if self.branch:
-            step.branches[self.name] = self._branch(batch, latent)  # type: ignore[arg-type]
+            step.branches[self.name] = self._branch(model, batch, latent)  # type: ignore[arg-type]
             return
         shape = batch["input_ids"].shape
         code = on_tokens(batch[CODE], batch["patch_position"], shape, 0)
@@ -325,15 +325,15 @@ class JARVIS(VisionAlgorithm):
         step.edits[self.name] = lambda embeddings: latent(embeddings, hidden)  # type: ignore[operator,misc]
         step.taps.add(self.tap)
 
-    def _branch(self, batch: dict[str, Any], latent: nn.Module) -> Branch:
-        """Masked views alone, one a row."""
+    def _branch(self, model: VisionLanguageModel, batch: dict[str, Any], latent: nn.Module) -> Branch:
+        """Masked views alone, one a row, or with what precedes them (``see_pretext``)."""
         positions, code = batch["jarvis/branch"], batch["jarvis/branch_code"]
         at, valid = positions.clamp(min=0), positions >= 0
-        own = (code & MASKED) != 0
         image = torch.where(valid, batch["image_ids"].flatten()[at].long(), -1)
         terms = attention_terms(
             code,
-            torch.where(own, 0, -1),
+            batch["jarvis/branch_view"],
+            hide_unused=self.hide_unused,
             preceding=(valid & (image < 0)) if self.see_pretext else None,
         )
         see = Visibility(
@@ -341,6 +341,7 @@ class JARVIS(VisionAlgorithm):
             document=torch.zeros_like(positions),
             branch=torch.zeros_like(positions),
             image=image,
+            bidirectional=image >= 0 if self.see_pretext and model.net.bidirectional_images else None,
         ).with_terms(**terms)
         hidden = (code & BLOCKS) != 0
         return Branch(positions, self.tap, see, lambda embeddings: latent(embeddings, hidden))
