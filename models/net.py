@@ -125,7 +125,9 @@ class VisionLanguageNet(nn.Module):
         """A second pass of some tokens through the first layers: (W, M, D), before any final norm."""
         assert step.embeddings is not None
         at = branch.positions.clamp(min=0)
-        embeddings = branch.edit(step.embeddings.flatten(0, 1)[at])
+        # Padding is zeros, not somebody's token: a softmax weight of 0 still carries NaN.
+        real = (branch.positions >= 0)[..., None]
+        embeddings = branch.edit(torch.where(real, step.embeddings.flatten(0, 1)[at], 0))
         decoder = self.anatomy.decoder(self.hf)
         wanted = Step(batch, taps={branch.layers})
         with self._first_layers(branch.layers), self._tapping(wanted):

@@ -123,6 +123,12 @@ class Hide(VisionAlgorithm):
         step.edits[self.name] = lambda e: e + self.shift * hidden[..., None].to(e.dtype)
 
 
+def teacher() -> dict[str, Any]:
+    """A small frozen network, random and the same everywhere, as a target of JARVIS."""
+    colours = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    return {"name": "features", "timm": "test_vit", "weights": None, **colours}
+
+
 class Bench:
     """A tiny model with a method, driven event by event without a Trainer: the method's own loss and gradients."""
 

@@ -25,7 +25,8 @@ def cut(part: dict[str, Any], *, branch: bool, see_pretext: bool) -> dict[str, A
         ``jarvis/views`` (tuple of ordinals of views with targets), ``jarvis/targets`` (n,) int64 ordinals of target
         patches, ``jarvis/among`` (n,) int64 their ordinals among the patches of those views alone, ``jarvis/weights``
         (n,) float32; and with ``branch``: ``jarvis/branch`` (W, M) int64 positions into the flattened tokens, -1
-        padding, ``jarvis/branch_code`` (W, M) int16, ``jarvis/branch_at`` (n,) int64 targets in the flattened (W * M).
+        padding, ``jarvis/branch_code`` (W, M) int16, ``jarvis/branch_view`` (W, M) int64 ordinal of a token's view or -1,
+        ``jarvis/branch_at`` (n,) int64 targets in the flattened (W * M).
     """
     code, weight, view = part[CODE], part[WEIGHT], part["patch_view"]
     targets = (weight > 0).nonzero().squeeze(1)
@@ -47,22 +48,24 @@ def cut(part: dict[str, Any], *, branch: bool, see_pretext: bool) -> dict[str, A
 def _branch(
     part: dict[str, Any], code: torch.Tensor, views: torch.Tensor, see_pretext: bool
 ) -> dict[str, torch.Tensor]:
-    """Tokens that predictions depend on, one masked view a row: its context and targets, no others."""
+    """Tokens that predictions depend on, one masked view a row: its context and targets; with ``see_pretext`` also all
+    that precedes it in its document, since words see pictures that come before them, masked as they are."""
     shape = part["input_ids"].shape
     if not len(views):  # one token all the same: every rank runs the same layers
         nothing = torch.zeros(0, dtype=torch.int64)
         return {
-            "jarvis/branch": torch.zeros(1, 1, dtype=torch.int64),
+            "jarvis/branch": torch.full((1, 1), -1),
             "jarvis/branch_code": torch.zeros(1, 1, dtype=torch.int16),
+            "jarvis/branch_view": torch.full((1, 1), -1),
             "jarvis/branch_at": nothing,
         }
     position = part["patch_position"]
     token_code = on_tokens(code, position, shape, 0)
     token_view = on_tokens(part["patch_view"], position, shape, -1)
     row, length = part["view_row"][views], shape[1]
-    own = token_view[row] == views[:, None]  # (W, L)
-    code_of = torch.where(own, token_code[row], 0)
-    member = (code_of & (CONTEXT | BLOCKS)) != 0
+    code_of, view_of = token_code[row], token_view[row]  # (W, L)
+    own = view_of == views[:, None]
+    member = own & ((code_of & (CONTEXT | BLOCKS)) != 0)
     if see_pretext:
         before = torch.arange(length) < part["view_start"][views][:, None]
         same = part["document_ids"][row] == part["view_document"][views][:, None]
@@ -71,8 +74,11 @@ def _branch(
     order = (~member).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     real = member.gather(1, order)
     branch_code = torch.where(real, code_of.gather(1, order), 0)
+    branch_view = torch.where(real, view_of.gather(1, order), -1)
+    targets = ((branch_code & BLOCKS) != 0) & (branch_view == views[:, None])
     return {
         "jarvis/branch": torch.where(real, row[:, None] * length + order, -1),
         "jarvis/branch_code": branch_code,
-        "jarvis/branch_at": ((branch_code & BLOCKS) != 0).flatten().nonzero().squeeze(1),
+        "jarvis/branch_view": branch_view,
+        "jarvis/branch_at": targets.flatten().nonzero().squeeze(1),
     }

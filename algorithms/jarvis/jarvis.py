@@ -254,7 +254,7 @@ class JARVIS(VisionAlgorithm):
         plain = getattr(getattr(encoder, "template", None), "name", None) == "plain"
         unmasked = self.text_loss == "unmasked" or (self.text_loss == "auto" and not plain)
         self.branch = unmasked and self.masks is not None
-        if self.branch and self.hide_unused:
+        if self.branch and self.hide_unused and not self.see_pretext:
             raise UserError(
                 "algorithms.jarvis.hide_unused: it hides patches from words, which see the whole image with text_loss: "
                 "unmasked (what auto is where there are questions); set text_loss: masked"
@@ -322,7 +322,7 @@ class JARVIS(VisionAlgorithm):
             return
         latent = model.net.auxiliary[self.name].latent
         if self.branch:
-            step.branches[self.name] = self._branch(batch, latent)  # type: ignore[arg-type]
+            step.branches[self.name] = self._branch(model, batch, latent)  # type: ignore[arg-type]
             return
         shape = batch["input_ids"].shape
         code = on_tokens(batch[CODE], batch["patch_position"], shape, 0)
@@ -337,18 +337,19 @@ class JARVIS(VisionAlgorithm):
         step.edits[self.name] = lambda embeddings: latent(embeddings, hidden)  # type: ignore[operator,misc]
         step.taps.add(self.tap)
 
-    def _branch(self, batch: dict[str, Any], latent: nn.Module) -> Branch:
-        """Masked views alone, one a row."""
+    def _branch(self, model: VisionLanguageModel, batch: dict[str, Any], latent: nn.Module) -> Branch:
+        """Masked views alone, one a row, or with what precedes them (``see_pretext``)."""
         positions, code = batch["jarvis/branch"], batch["jarvis/branch_code"]
         at, valid = positions.clamp(min=0), positions >= 0
-        own = (code & MASKED) != 0
         image = torch.where(valid, batch["image_ids"].flatten()[at].long(), -1)
         terms = attention_terms(
             code,
-            torch.where(own, 0, -1),
+            batch["jarvis/branch_view"],
+            hide_unused=self.hide_unused,
             preceding=(valid & (image < 0)) if self.see_pretext else None,
         )
-        see = Visibility(valid=valid, document=None, branch=None, image=image).with_terms(**terms)
+        both = image >= 0 if self.see_pretext and model.net.bidirectional_images else None
+        see = Visibility(valid, None, None, image, bidirectional=both).with_terms(**terms)
         hidden = (code & BLOCKS) != 0
         return Branch(positions, self.tap, see, lambda embeddings: latent(embeddings, hidden))
 

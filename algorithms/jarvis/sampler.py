@@ -61,7 +61,7 @@ class MaskConfig:
     tgt_overlap: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.blocks, int) or not 1 <= self.blocks <= MOST_BLOCKS:
+        if type(self.blocks) is not int or not 1 <= self.blocks <= MOST_BLOCKS:
             raise UserError(f"{WHERE}.blocks: {self.blocks}: use 1 to {MOST_BLOCKS}")
         for key, most in (("scale", 1.0), ("aspect", 100.0), ("context_scale", 1.0)):
             value = getattr(self, key)
@@ -71,7 +71,7 @@ class MaskConfig:
             if not 0 < value[0] <= value[1] <= most:
                 raise UserError(f"{WHERE}.{key}: {list(value)}: use 0 < smallest <= largest <= {most:g}")
             object.__setattr__(self, key, (float(value[0]), float(value[1])))
-        if not 0 <= self.min_keep < 1:
+        if not isinstance(self.min_keep, (int, float)) or not 0 <= self.min_keep < 1:
             raise UserError(
                 f"{WHERE}.min_keep: {self.min_keep}: a share of the grid, 0 or more and less than 1"
             )
@@ -106,11 +106,15 @@ def mask_config(spec: str | Mapping[str, Any]) -> MaskConfig | None:
     Raises:
         UserError: unknown preset or keyword, or a value out of range.
     """
-    if spec == NONE:
-        return None
+    if not isinstance(spec, (str, Mapping)):
+        raise UserError(f"{WHERE}: {spec}: use a preset's name or a mapping")
     given = {"preset": spec} if isinstance(spec, str) else dict(spec)
     preset = given.pop("preset", "default")
-    if preset not in PRESETS:
+    if preset == NONE:
+        if given:
+            raise UserError(f"{WHERE}.{next(iter(given))}: nothing is hidden with the preset {NONE}")
+        return None
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"{WHERE} '{preset}': unknown{nearest(str(preset), [*PRESETS, NONE])}")
     known = [f.name for f in fields(MaskConfig)]
     for key in given:
