@@ -90,7 +90,7 @@ def test_every_patch_of_the_blocks_picture_shows_what_it_is() -> None:
     # Both outlines run through where blocks overlap: block 2's left side, block 1's right side.
     assert torch.equal(shown[:, 30, 40], COLOURS[1]) and torch.equal(shown[:, 30, 59], COLOURS[0])
     assert torch.equal(shown[:, 30, 0], COLOURS[0])  # the edge of the picture is one of the block
-    assert len(COLOURS.unique(dim=0)) == 12
+    assert len(COLOURS.unique(dim=0)) == MOST_BLOCKS
 
 
 def test_an_edge_is_one_pixel_inside() -> None:
