@@ -11,7 +11,7 @@ from opsin.algorithms.jarvis import JARVIS
 from opsin.algorithms.jarvis.cut import CODE
 from opsin.algorithms.jarvis.functional import compared
 from opsin.algorithms.jarvis.pictures import COLOURS, JARVISPictures, Palette, blocks_shown, edge, enlarged
-from opsin.algorithms.jarvis.sampler import BLOCKS, CONTEXT, MASKED
+from opsin.algorithms.jarvis.sampler import BLOCKS, CONTEXT, MASKED, MOST_BLOCKS
 from opsin.data.batch import split_batch
 from opsin.models.errors import UserError
 
