@@ -89,12 +89,13 @@ class VisionLanguageNet(nn.Module):
         """
         with self.autocast():
             zero = self._idle_vision() if PIXEL_KEY not in batch else None
+            step.zero = zero
             hidden = self.hidden(batch, step)
             if FINAL in step.taps:
                 step.tapped[FINAL] = hidden
             for name in sorted(step.branches):
                 step.branched[name] = self._branch(batch, step, step.branches[name])
-            step.embeddings = None
+            step.embeddings = step.zero = None
             logits = self.anatomy.head(self.hf, hidden.flatten(0, 1)[batch["label_rows"]])
         logits = logits.float()
         targets = batch["label_targets"]
@@ -169,6 +170,10 @@ class VisionLanguageNet(nn.Module):
                 f"{type(module).__name__} was not called with inputs_embeds=; this family needs its own seam"
             )
         kwargs = dict(kwargs)
+        if step.zero is not None:
+            # Else, with a frozen language model, the ranks with pictures alone would differentiate its layers, and
+            # FSDP2 gathers a layer's parameters again when it is.
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + step.zero.to(kwargs["inputs_embeds"].dtype)
         if step.branches:
             step.embeddings = kwargs["inputs_embeds"]
         kwargs["inputs_embeds"] = step.edited(kwargs["inputs_embeds"])

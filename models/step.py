@@ -55,6 +55,7 @@ class Step:
         branches: method name -> a second pass; all ranks must ask for the same ones in every micro-batch.
         branched: method name -> (W, M, D) output of the branch's last layer, filled by the forward pass.
         embeddings: (B, L, D) before all edits, while there are branches.
+        zero: scalar 0 that depends on tower and projector, where no row has a picture; added to the embeddings.
     """
 
     batch: dict
@@ -66,6 +67,7 @@ class Step:
     branches: dict[str, Branch] = field(default_factory=dict)
     branched: dict[str, torch.Tensor] = field(default_factory=dict)
     embeddings: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
 
     def hide(self, positions: torch.Tensor) -> None:
         """Mark positions (B, L) bool whose visual content is replaced in this step."""
