@@ -41,8 +41,8 @@ class VisionAlgorithm(Algorithm):
     takes (model, state, logger). Only events with a handler match.
 
     * ``after_dataloader``/``batch_start`` see the whole device batch on the CPU: rewrite labels, add small
-      tensors under ``token/<name>`` (B, L) or ``row/<name>`` (B, ...), declare counts
-      (``models.normalise.declare``).
+      tensors under ``token/<name>`` (B, L), ``row/<name>`` (B, ...) or ``patch/<name>`` (P, ...), a function under
+      ``cut/<name>`` for indexes of each micro-batch (``data.batch``), declare counts (``models.normalise.declare``).
     * ``before_forward`` writes into ``model.step(state.batch)``; ``after_loss`` reads it and adds the
       method's own key to ``state.loss``. Since nobody reads before everybody wrote, the order of methods
       never matters.
