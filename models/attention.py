@@ -11,7 +11,7 @@ from . import blocks
 from .errors import UserError
 from .visibility import Tokens, Visibility, of_tokens, queries_and_keys, rule
 
-CPU_PIECE = 1 << 18
+CPU_PIECE = 1 << 19
 """Elements of a mask that a CPU makes at a time."""
 
 
@@ -21,9 +21,9 @@ def allow(see: Visibility, b: Any, q: Any, k: Any) -> torch.Tensor:
 
 
 def _written(
-    see: Visibility, dtype: torch.dtype, form: Callable[[torch.Tensor], torch.Tensor]
+    see: Visibility, dtype: torch.dtype, finish: Callable[[torch.Tensor], Any] = lambda mask: None
 ) -> torch.Tensor:
-    """(B, 1, L, L): ``form`` of the predicate."""
+    """(B, 1, L, L): the predicate as 1 and 0, and what ``finish`` makes of that in place."""
     batch, length = see.valid.shape
     device = see.valid.device
     position = torch.arange(length, dtype=torch.int32, device=device)
@@ -36,20 +36,21 @@ def _written(
     for start in range(0, length, step):
         rows = slice(start, start + step)
         some = query.map(lambda x, rows=rows: x[:, rows, None])
-        out[:, rows] = form(rule(of_tokens(some, key, position[rows, None], position)))
+        out[:, rows] = rule(of_tokens(some, key, position[rows, None], position))
+        finish(out[:, rows])
     return out.unsqueeze(1)
 
 
 def dense(see: Visibility) -> torch.Tensor:
     """(B, 1, L, L) bool, True where allowed: the form that ``sdpa`` takes."""
-    return _written(see, torch.bool, lambda allowed: allowed)
+    return _written(see, torch.bool)
 
 
 def additive(see: Visibility, dtype: torch.dtype) -> torch.Tensor:
     """(B, 1, L, L), 0 where allowed and the smallest finite number elsewhere: the form that ``eager`` adds."""
     largest = torch.finfo(dtype).max
     # Arithmetic, since filling by a mask takes several times as long on a CPU: 1 and 0 to 0 and -max = min.
-    return _written(see, dtype, lambda allowed: allowed.to(dtype).sub_(1).mul_(largest))
+    return _written(see, dtype, lambda mask: mask.sub_(1).mul_(largest))
 
 
 def _mask_mod(query: Tokens, key: Tokens) -> Callable[[Any, Any, Any, Any], torch.Tensor]:

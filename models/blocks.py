@@ -10,13 +10,13 @@ on the safe side: a block too many is computed and masked, a full block too few 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from .visibility import CONTEXT, IMAGE, ITSELF, Atoms, Tokens, rule
+from .visibility import NOT_ASKED, NOT_LATER, NOT_OFFERED, Atoms, Tokens, places, rule
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,31 @@ def block_atoms(query: Tokens, key: Tokens, size: int) -> tuple[Atoms, Atoms]:
     """Atoms of pairs of blocks, (B, N, N): a superset of what holds for some pair of tokens, a subset of all."""
     length = query.flags.shape[1]
     count = -(-length // size)
-    # Positions behind the end have no flag and no group: they fulfil nothing, and make no block full.
-    query, key = (
-        side.map(lambda x: F.pad(x, (0, count * size - length)).view(-1, count, size))
-        for side in (query, key)
-    )
+
+    def cut(x: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        return F.pad(x, (0, count * size - length), value=fill).view(-1, count, size)
+
+    def in_blocks(side: Tokens, no_image: int) -> Tokens:
+        # Positions behind the end have no flag, image or group: they fulfil nothing, and make no block full.
+        made = side.map(cut)
+        return made if side.image is None else replace(made, image=cut(side.image, no_image))
+
+    query, key = in_blocks(query, NOT_ASKED), in_blocks(key, NOT_OFFERED)
 
     def pair(name: str, of_query: torch.Tensor, of_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = _Ordinals.of(getattr(query, name), of_query), _Ordinals.of(getattr(key, name), of_key)
         return _may_share(q, k), _are_one(q, k)
 
-    asks, offers = query.flags & ~ITSELF != 0, key.flags & ~ITSELF != 0
-    some_group = all_groups = None
+    asks, offers = query.flags & NOT_LATER != 0, key.flags & NOT_LATER != 0
+    some_image = one_image = some_scope = one_scope = some_group = all_groups = None
+    if query.image is not None and key.image is not None:
+        of_query, of_key = query.image >= 0, key.image >= 0
+        asks, offers = asks | of_query, offers | of_key
+        some_image, one_image = pair("image", of_query, of_key)
     if query.groups is not None and key.groups is not None:
-        offers = offers | (key.groups != 0)
+        of_query, of_key = query.groups != 0, key.groups != 0
+        asks, offers = asks | of_query, offers | of_key
+        some_scope, one_scope = pair("scope", of_query, of_key)
         (some_q, all_q), (some_k, all_k) = _bits(query.groups), _bits(key.groups)
         some_group, all_groups = _outer_and(some_q, some_k) != 0, _outer_and(all_q, all_k) != 0
     some_together = all_together = None
@@ -93,27 +104,19 @@ def block_atoms(query: Tokens, key: Tokens, size: int) -> tuple[Atoms, Atoms]:
         some_branch = some_branch | (offers & ~off_trunk).any(-1)[:, None]
         one_branch = one_branch | ~off_trunk.any(-1)[:, None]
         some_together, all_together = some_document & some_branch, one_document & one_branch
-    some_image = one_image = some_scope = one_scope = None
-    if query.image is not None:
-        some_image, one_image = pair("image", query.flags & IMAGE != 0, key.flags & IMAGE != 0)
-    if query.scope is not None and key.groups is not None:
-        wanted = (key.flags & CONTEXT != 0) | (key.groups != 0)
-        some_scope, one_scope = pair("scope", query.flags & CONTEXT != 0, wanted)
     (some_q, all_q), (some_k, all_k) = _bits(query.flags), _bits(key.flags)
     block = torch.arange(count, device=query.flags.device)
     diagonal = block[:, None] == block
     return Atoms(
-        causal=block <= block[:, None],
-        itself=diagonal,
         flags=_outer_and(some_q, some_k),
+        place=places(block <= block[:, None], diagonal),
         together=some_together,
         image=some_image,
         scope=some_scope,
         group=some_group,
     ), Atoms(
-        causal=block < block[:, None],
-        itself=torch.zeros_like(diagonal),
         flags=_outer_and(all_q, all_k),
+        place=places(block < block[:, None], torch.zeros_like(diagonal)),
         together=all_together,
         image=one_image,
         scope=one_scope,

@@ -31,8 +31,8 @@ class Visibility:
             says so. Whoever fills it leaves each closed query something to see: a softmax over nothing is
             NaN. Padding is never closed. None: no such queries. Needs ``context`` and ``group_bits``.
         context: bool, tokens that closed queries of the same scope see.
-        group_bits: int, groups a token belongs to, one bit each. uint8 where eight are enough: with int64 a
-            dense mask takes several times as long.
+        group_bits: int, groups a token belongs to, one bit each (of int64 all but the sign's). uint8 where eight
+            are enough: with int64 a dense mask takes several times as long.
         hidden: bool, image tokens that no open query sees (closed queries go by ``context`` and groups).
         scope: int, what closed queries see through ``context`` and groups shares their scope (one picture may
             have two views, each masked on its own); -1: none. None: the image ordinal.
@@ -65,9 +65,11 @@ class Visibility:
 # Flags of a pair: a flag is up where the query asks for it and the key offers it.
 CAUSAL = 1  # open query, key not hidden: seen where it does not come later
 PRECEDING = 2  # closed query, preceding key: the same
-IMAGE = 4  # open bidirectional query, key not hidden: seen within one image
-CONTEXT = 8  # closed query, context key: seen within one scope
-ITSELF = 16  # open query: sees itself, whatever else holds
+ITSELF = 4  # open query: sees itself, whatever else holds
+NOT_LATER = CAUSAL | PRECEDING
+
+NOT_ASKED, NOT_OFFERED = -1, -2
+"""Ordinals of no image, of queries and of keys: never the same."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ class Tokens:
         flags: uint8, what a query asks for, or what a key offers.
         document, branch: int; None where there is one document a row and no branch.
         off_trunk: int like ``branch``: all bits in branches, none in a trunk.
-        image: int; None where no query is bidirectional.
+        image: int; ``NOT_ASKED`` for queries that are not bidirectional, ``NOT_OFFERED`` for keys that no such query
+            sees, so that one comparison says it all. None where no query is bidirectional.
         scope: int; None where no query is closed.
-        groups: int, bits; no bit for queries that go by no groups, and for padded keys. None like ``scope``.
+        groups: int, bits, the last one for context: all closed queries have it, and context keys. No bit at all for
+            queries that go by no groups, and for padded keys. None like ``scope``.
     """
 
     flags: torch.Tensor
@@ -108,9 +112,20 @@ def _narrow(ordinal: torch.Tensor) -> torch.Tensor:
     return ordinal.int() if ordinal.dtype == torch.int64 else ordinal
 
 
+_WIDER = {torch.uint8: torch.int16, torch.int16: torch.int32}
+"""An integer with a bit to spare."""
+
+
+def _with_context(groups: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """Groups with one bit more, up where ``context`` is: of the next wider integer, the sign's of one of 64 bits."""
+    bit = -(1 << 63) if groups.dtype == torch.int64 else 1 << 8 * groups.element_size()
+    wider = _WIDER.get(groups.dtype, torch.int64)
+    return groups.to(wider) | torch.where(context, bit, 0).to(wider)
+
+
 def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
     """Every token as query and as key. All that concerns one token is decided here, at the cost of O(B * L)."""
-    image = document = branch = off_trunk = None
+    asking = offered = document = branch = off_trunk = None
     if see.document is not None and see.branch is not None:
         document, branch = _narrow(see.document), _narrow(see.branch)
         off_trunk = -(branch != 0).to(branch.dtype)
@@ -121,19 +136,19 @@ def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
     asks, offers = {CAUSAL: opened, ITSELF: opened}, {CAUSAL: shown, ITSELF: everywhere}
     if see.bidirectional is not None:
         image = _narrow(see.image)
-        asks[IMAGE], offers[IMAGE] = opened & see.bidirectional & (image >= 0), shown
+        asking = torch.where(opened & see.bidirectional & (image >= 0), image, NOT_ASKED)
+        offered = torch.where(shown & (image >= 0), image, NOT_OFFERED)
     if see.closed is not None:
         assert see.context is not None and see.group_bits is not None, "closed needs context and group_bits"
         scope = _narrow(see.image if see.scope is None else see.scope)
         scoped = see.closed & (scope >= 0)
-        asks[CONTEXT], offers[CONTEXT] = scoped, see.valid & see.context
-        of_queries = see.group_bits.masked_fill(~scoped, 0)
-        of_keys = see.group_bits.masked_fill(~see.valid, 0)
+        of_queries = _with_context(see.group_bits, everywhere).masked_fill(~scoped, 0)
+        of_keys = _with_context(see.group_bits, see.context).masked_fill(~see.valid, 0)
         if see.preceding is not None:
             asks[PRECEDING], offers[PRECEDING] = see.closed, see.valid & see.preceding
     return (
-        Tokens(_flags(asks), document, branch, off_trunk, image, scope, of_queries),
-        Tokens(_flags(offers), document, branch, off_trunk, image, scope, of_keys),
+        Tokens(_flags(asks), document, branch, off_trunk, asking, scope, of_queries),
+        Tokens(_flags(offers), document, branch, off_trunk, offered, scope, of_keys),
     )
 
 
@@ -142,17 +157,17 @@ class Atoms:
     """Elementary statements about a query and a key (or two blocks); shapes broadcast against each other.
 
     Attributes:
-        causal: bool, the key does not come later.
-        itself: bool, query and key are one token.
         flags: uint8, flags that the query asks for and the key offers.
+        place: uint8, flags that hold where the two are: ``NOT_LATER`` where the key does not come later, ``ITSELF``
+            where they are one token.
         together: bool, one document, and the key in its trunk or in the query's branch; None: always.
-        image, scope: bool, both have the same; None as in :class:`Tokens`.
-        group: bool, both belong to one group; None like ``scope``.
+        image: bool, a bidirectional query and a key of its image; None as in :class:`Tokens`.
+        scope: bool, both have the same; None as in :class:`Tokens`.
+        group: bool, both belong to one group, or a closed query meets context; None like ``scope``.
     """
 
-    causal: torch.Tensor
-    itself: torch.Tensor
     flags: torch.Tensor
+    place: torch.Tensor
     together: torch.Tensor | None
     image: torch.Tensor | None
     scope: torch.Tensor | None
@@ -166,21 +181,24 @@ def rule(atoms: Atoms) -> torch.Tensor:
     a masked-prediction method (JARVIS fact sheet, section 3.3, is one filling of these fields). Every other
     token, padding too, may always look at itself, so that no softmax runs over nothing.
 
-    It must stay monotone in its atoms: block masks rest on that.
+    It must stay monotone in its atoms: block masks rest on that. Each operation here writes one more tensor of the
+    mask's size, which is what making a mask costs.
     """
-
-    def up(flags: int) -> torch.Tensor:
-        return (atoms.flags & flags).bool()
-
-    seen = atoms.causal & up(CAUSAL | PRECEDING)
+    near = atoms.flags & atoms.place
+    seen = near.bool() if atoms.together is None else (near & NOT_LATER).bool()
     if atoms.image is not None:
-        seen = seen | (atoms.image & up(IMAGE))
+        seen = seen | atoms.image
     if atoms.scope is not None:
         assert atoms.group is not None
-        seen = seen | (atoms.scope & (atoms.group | up(CONTEXT)))
+        seen = seen | (atoms.scope & atoms.group)
     if atoms.together is not None:
-        seen = seen & atoms.together
-    return seen | (atoms.itself & up(ITSELF))
+        seen = (seen & atoms.together) | (near & ITSELF).bool()
+    return seen
+
+
+def places(not_later: torch.Tensor, itself: torch.Tensor) -> torch.Tensor:
+    """``Atoms.place`` of two bools."""
+    return not_later.to(torch.uint8) * NOT_LATER | itself.to(torch.uint8) * ITSELF
 
 
 def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> Atoms:
@@ -200,9 +218,8 @@ def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> A
         assert query.document is not None and key.branch is not None and query.branch is not None
         together = ~((key.document ^ query.document) | ((key.branch ^ query.branch) & key.off_trunk)).bool()
     return Atoms(
-        causal=k <= q,
-        itself=q == k,
         flags=key.flags & query.flags,
+        place=places(k <= q, q == k),
         together=together,
         image=both(key.image, query.image, as_one=True),
         scope=both(key.scope, query.scope, as_one=True),

@@ -31,7 +31,7 @@ def attention_terms(
 
     Args:
         code: int16, of each token's patch; 0 elsewhere.
-        scope: int64, the view a token belongs to, -1 for none.
+        scope: int, the view a token belongs to, -1 for none.
         hide_unused: patches that are neither context nor target are seen by no text either.
         preceding: bool, text that visual tokens may see although their view is masked.
     """

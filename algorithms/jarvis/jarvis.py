@@ -328,7 +328,8 @@ class JARVIS(VisionAlgorithm):
         code = on_tokens(batch[CODE], batch["patch_position"], shape, 0)
         hidden = (code & BLOCKS) != 0
         if batch["jarvis/views"]:
-            scope = on_tokens(batch["patch_view"], batch["patch_position"], shape, -1)
+            # In 16 bits, since what attention compares is as large as a mask; a row has no 2 ** 16 views.
+            scope = on_tokens(batch["patch_view"].short(), batch["patch_position"], shape, -1)
             preceding = (batch["image_ids"] < 0) if self.see_pretext else None
             step.visibility.update(
                 attention_terms(code, scope, hide_unused=self.hide_unused, preceding=preceding)

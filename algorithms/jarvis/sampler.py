@@ -185,17 +185,35 @@ def _attempt(
     places = (grid[:, None, :] - sides + (1 if config.edge_fix else 0)).clamp(min=1)
     u = uniform(keys(key, _CORNER, attempt), 2 * (blocks + 1)).view(-1, blocks + 1, 2)
     corner = (u * places).long()
-    at = torch.stack([patches.row, patches.column], dim=-1)[:, None, :]
-    first = corner[patches.view]
-    inside = ((at >= first) & (at < first + sides[patches.view])).all(-1)  # (P, K + 1)
-    bits = (inside[:, :blocks].long() << torch.arange(blocks)).sum(1)
+    # A block is a product of a span of rows and a span of columns, so that bits of all blocks meet in one "and".
+    rows, columns = (_bits_along(corner[..., side], sides[..., side], grid[:, side]) for side in (0, 1))
+    inside = (
+        rows[patches.view, patches.row] & columns[patches.view, patches.column]
+    )  # the context's bit is the last
+    bits = inside & (1 << blocks) - 1
     if not config.tgt_overlap:
         bits = bits & -bits  # the lowest set bit
-        inside[:, :blocks] = (bits[:, None] >> torch.arange(blocks)) & 1 == 1
-    inside[:, blocks] &= bits == 0
-    enough = patches.per_view(inside) > config.min_keep * grid.prod(1)[:, None]
+    context = (inside >> blocks).bool() & (bits == 0)
+    sizes = sides.prod(-1)  # what lies in a block, but where others cut it
+    sizes[:, blocks] = patches.per_view(context)
+    if not config.tgt_overlap:
+        sizes[:, :blocks] = patches.per_view((bits[:, None] >> torch.arange(blocks)) & 1)
+    enough = sizes > config.min_keep * grid.prod(1)[:, None]
     masked = enough.all(1) & (size[:, 0] >= 2).all(1)  # a line of patches is no block
-    return (bits + CONTEXT * inside[:, blocks].long()).short(), masked
+    return (bits + CONTEXT * context).short(), masked
+
+
+def _bits_along(first: torch.Tensor, length: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Which spans cover each place along one side: (V, longest side) int64, bit j for span j.
+
+    Args:
+        first, length: (V, n) int64, of each span.
+        count: (V,) int64, places along the side of each view's grid.
+    """
+    at = torch.arange(int(count.max()) if len(count) else 0)
+    from_first = at[:, None] - first[:, None]  # (V, side, n)
+    covered = (from_first >= 0) & (from_first < length[:, None])
+    return (covered.long() << torch.arange(first.shape[1])).sum(-1)
 
 
 def sample_masks(
