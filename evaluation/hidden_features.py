@@ -22,7 +22,7 @@ Rows, all on the same hidden positions of held-out pictures:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ from .intervals import mean_and_half
 
 ROWS = ("jarvis", "mean", "nearest", "linear_context", "linear_token", "another")
 SEED = 0
-"""Masks depend on this and the sample alone: two runs are compared on the same hidden positions."""
+"""Of the masks: runs with the same keywords of masks are compared on the same hidden positions."""
 RIDGE = 1e-3
 """Strength of the ridge, in units of the inputs' mean variance."""
 
@@ -63,13 +63,15 @@ class Seen:
 
 
 @torch.no_grad()
-def look(model: VisionLanguageModel, jarvis: JARVIS, device_batch: dict[str, Any], predict: bool) -> Seen:
-    """Mask every view of a device batch (on the CPU), and run the model on it.
+def look(
+    model: VisionLanguageModel, jarvis: JARVIS, device_batch: dict[str, Any], predict: bool, step: int = 0
+) -> Seen:
+    """Mask every view of a device batch (on the CPU), and run the model on it; ``step`` as in ``JARVIS.enter``.
 
     Raises:
         UserError: the views have several grids, or some are too small for masks.
     """
-    jarvis.enter(device_batch, always=True, seed=SEED)
+    jarvis.enter(device_batch, step, always=True, seed=SEED)
     batch = split_batch(device_batch, None, training=False)[0]
     grids = set(batch["grids"])
     if len(grids) != 1 or len(batch["jarvis/views"]) != len(batch["grids"]):
@@ -81,16 +83,11 @@ def look(model: VisionLanguageModel, jarvis: JARVIS, device_batch: dict[str, Any
     batch = to_device(batch, next(model.net.hf.parameters()).device)
     shape = (-1, rows * columns)
     code = batch["patch/jarvis"].view(shape)
-    step = model.step(batch)
+    record = model.step(batch)
     jarvis.ask(model, batch)
     kept: dict[str, torch.Tensor] = {}
-    if jarvis.name in step.edits:
-        edit = step.edits[jarvis.name]
-        step.edits[jarvis.name] = lambda e: edit(kept.setdefault("embeddings", e))
-    else:
-        branch = step.branches[jarvis.name]
-        step.edits["hidden_features"] = lambda e: kept.setdefault("embeddings", e)
-        step.branches[jarvis.name] = branch
+    edit = record.edits.get(jarvis.name, lambda e: e)
+    record.edits[jarvis.name] = lambda e: edit(kept.setdefault("embeddings", e))
     with model.net.autocast():
         model(batch)
         predicted = jarvis.predictions(model, batch) if predict else None
@@ -133,67 +130,82 @@ def _context_inputs(seen: Seen, grid: tuple[int, int]) -> torch.Tensor:
 
 
 class Ridge:
-    """Linear regression with an intercept, fitted on what is added bit by bit."""
+    """Linear regression with an intercept of targets around their means by place, fitted on what is added bit by bit.
 
-    def __init__(self, inputs: int, outputs: int):
-        self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
-        self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
+    The means are known only in the end: they are taken out of the sums then, so that pictures are looked at once.
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """(n, inputs) and (n, outputs)."""
-        x = F.pad(x.double().cpu(), (0, 1), value=1.0)
+    Args:
+        places: V.
+        inputs, outputs: widths.
+        device: where the sums are kept, in float64.
+    """
+
+    def __init__(self, places: int, inputs: int, outputs: int, device: torch.device | None = None):
+        wide = {"dtype": torch.float64, "device": device}
+        self.xx = torch.zeros(inputs + 1, inputs + 1, **wide)  # type: ignore[arg-type]
+        self.xy = torch.zeros(inputs + 1, outputs, **wide)  # type: ignore[arg-type]
+        self.x = torch.zeros(places, inputs + 1, **wide)  # type: ignore[arg-type]
+        self.w = torch.zeros(inputs + 1, outputs, **wide)  # type: ignore[arg-type]
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, place: torch.Tensor) -> None:
+        """(n, inputs), (n, outputs) and (n,) int64, the place of each."""
+        x = F.pad(x.double(), (0, 1), value=1.0)
         self.xx += x.T @ x
-        self.xy += x.T @ y.double().cpu()
+        self.xy += x.T @ y.double()
+        self.x.index_add_(0, place, x)
 
-    def solve(self) -> Ridge:
-        """Fit; the intercept is not shrunk."""
+    def solve(self, mean: torch.Tensor) -> Ridge:
+        """Fit around the means (V, outputs); the intercept is not shrunk."""
         strength = RIDGE * self.xx.diagonal()[:-1].mean()
-        shrink = torch.full((len(self.xx),), float(strength), dtype=torch.float64)
+        shrink = strength * torch.ones_like(self.xx[0])
         shrink[-1] = 0
-        self.w = torch.linalg.lstsq(self.xx + shrink.diag(), self.xy).solution
+        target = self.xy - self.x.T @ mean.double()
+        # On the CPU, where least squares do without full rank (a width of 0 variance, fewer pictures than inputs).
+        solved = torch.linalg.lstsq((self.xx + shrink.diag()).cpu(), target.cpu()).solution
+        self.w = solved.to(self.xx.device)
         return self
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs) float32."""
-        return (F.pad(x.double().cpu(), (0, 1), value=1.0) @ self.w).float().to(x.device)
+        return (F.pad(x.double(), (0, 1), value=1.0) @ self.w).float()
 
 
-@dataclass
 class Guesses:
-    """What the training pictures teach the cheap guesses: call :meth:`add` for each batch, then :meth:`finish`.
+    """What the training pictures teach the cheap guesses: :meth:`add` for each batch, then :meth:`finish`.
 
-    Two passes over the same batches: the mean first (``centred`` False), then the regressions around it.
+    Attributes:
+        grid: rows and columns.
+        pictures: how many were added.
+        mean: (V, C) of the features at each place.
     """
 
-    grid: tuple[int, int]
-    total: torch.Tensor | None = None
-    pictures: int = 0
-    context: Ridge | None = None
-    token: Ridge | None = None
-    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def add_mean(self, seen: Seen) -> None:
-        """First pass."""
-        summed = seen.feature.double().sum(0).cpu()
-        self.total = summed if self.total is None else self.total + summed
-        self.pictures += len(seen.feature)
-        self.mean = (self.total / self.pictures).float()
+    def __init__(self, grid: tuple[int, int]):
+        self.grid, self.pictures = grid, 0
+        self.mean = torch.zeros(0)
+        self.total: torch.Tensor | None = None
+        self.context: Ridge | None = None
+        self.token: Ridge | None = None
 
     def add(self, seen: Seen) -> None:
-        """Second pass."""
-        centred = seen.feature.cpu() - self.mean
-        hidden = seen.hidden.cpu()
-        width, dim = seen.token.shape[-1], centred.shape[-1]
-        if self.context is None or self.token is None:
-            self.context, self.token = Ridge(2 * width + 2, dim), Ridge(width, dim)
-        self.context.add(_context_inputs(seen, self.grid).cpu()[hidden], centred[hidden])
-        self.token.add(seen.token.cpu()[hidden], centred[hidden])
+        """Some pictures."""
+        count, places, width = seen.token.shape
+        dim, device = seen.feature.shape[-1], seen.token.device
+        if self.context is None or self.token is None or self.total is None:
+            self.context, self.token = (Ridge(places, w, dim, device) for w in (2 * width + 2, width))
+            self.total = torch.zeros(places, dim, dtype=torch.float64, device=device)
+        self.total += seen.feature.double().sum(0)
+        self.pictures += count
+        hidden = seen.hidden
+        place = torch.arange(places, device=device).expand(count, -1)[hidden]
+        self.context.add(_context_inputs(seen, self.grid)[hidden], seen.feature[hidden], place)
+        self.token.add(seen.token[hidden], seen.feature[hidden], place)
 
     def finish(self) -> None:
         """Solve the regressions."""
-        assert self.context is not None and self.token is not None
-        self.context.solve()
-        self.token.solve()
+        assert self.context is not None and self.token is not None and self.total is not None
+        self.mean = (self.total / self.pictures).float()
+        self.context.solve(self.mean)
+        self.token.solve(self.mean)
 
 
 @dataclass(frozen=True)
@@ -237,26 +249,24 @@ def measure(
     Args:
         model: in evaluation mode, with the trained head (``JARVIS.restore``).
         jarvis: as it was trained.
-        training: device batches (CPU) that guesses are fitted on; walked through twice, so no generator.
+        training: device batches (CPU) that guesses are fitted on.
         held_out: device batches of other pictures, at least two pictures each.
     """
     guesses: Guesses | None = None
-    for batch in training:
-        seen = look(model, jarvis, dict(batch), predict=False)
+    for step, batch in enumerate(training):
+        seen = look(model, jarvis, dict(batch), predict=False, step=step)
         if guesses is None:
             rows, columns = (int(side) for side in batch["view_grid"][0])
             guesses = Guesses((rows, columns))
-        guesses.add_mean(seen)
+        guesses.add(seen)
     if guesses is None:
         raise UserError("hidden features: no pictures to fit on")
-    for batch in training:
-        guesses.add(look(model, jarvis, dict(batch), predict=False))
     guesses.finish()
     cosine: dict[str, list[np.ndarray]] = {row: [] for row in ROWS}
     within: dict[str, list[np.ndarray]] = {row: [] for row in ROWS}
     positions = 0
-    for batch in held_out:
-        seen = look(model, jarvis, dict(batch), predict=True)
+    for step, batch in enumerate(held_out):
+        seen = look(model, jarvis, dict(batch), predict=True, step=step)
         positions += int(seen.hidden.sum())
         for row, (plain, inner) in _score(seen, guesses).items():
             cosine[row].append(plain)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,6 +137,14 @@ def unnormalise(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
     """Undo the processor's mean and standard deviation: (..., 3, H, W) -> [0, 1]."""
     if not getattr(image_processor, "do_normalize", True):
         return pixels.clamp(0, 1)
-    mean = torch.as_tensor(image_processor.image_mean, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
-    std = torch.as_tensor(image_processor.image_std, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
+    colours = (tuple(image_processor.image_mean), tuple(image_processor.image_std))
+    mean, std = _on_device(colours, pixels.dtype, pixels.device)
     return (pixels * std + mean).clamp(0, 1)
+
+
+@lru_cache(32)
+def _on_device(
+    colours: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Colours as (3, 1, 1) tensors, made once: each copy of a host's list makes the host wait for the device."""
+    return tuple(torch.tensor(colour, dtype=dtype, device=device).view(3, 1, 1) for colour in colours)

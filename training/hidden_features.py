@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def hidden_features(
     _print(console, run.loaded.run.run_name, found)
     record = {
         "run": run.loaded.run.run_name, "stage": run.stage.name, "layer": run.method.tap,
-        "target": run.method.built_target.identity, "data": held_out.remote, **found.as_dict(),
+        "masks": asdict(run.method.masks), "target": run.method.built_target.identity, "data": held_out.remote, **found.as_dict(),
     }  # fmt: skip
     write_atomically(run.folder.path / "jarvis.json", json.dumps(record, indent=1))
     return found

@@ -14,7 +14,7 @@ from composer.utils import dist
 from torch import nn
 
 from ...data.batch import CUT
-from ...data.patch_targets import COLUMN, use_stored
+from ...data.patch_targets import COLUMN, STORED
 from ...data.schema import stable_hash
 from ...models.anatomy import image_encoder_for
 from ...models.attention import Visibility
@@ -23,9 +23,8 @@ from ...models.net import nan_safe_zero
 from ...models.normalise import declare, term
 from ...models.randomness import keys, keys_of_views, uniform
 from ...models.step import Branch
-from ...models.targets import Target
 from ...models.vlm import VisionLanguageModel
-from ..base import VisionAlgorithm
+from ..predicts import PredictsTarget
 from .cut import CODE, WEIGHT, cut
 from .functional import (
     LOSSES,
@@ -45,11 +44,15 @@ _MASK, _COIN, _BATCH = 0, 1, 2
 
 TRAIN = ("proj", "proj+early", "all")
 TEXT_LOSS = ("auto", "masked", "unmasked")
+_SEEN_WHOLE = (
+    "algorithms.jarvis.hide_unused: it hides patches from words, which see the whole image with text_loss: unmasked "
+    "(what auto is where there are questions); set text_loss: masked"
+)
 _TRIED = 512
 """Side in pixels of the picture by which the model's grid is looked at."""
 
 
-class JARVIS(VisionAlgorithm):
+class JARVIS(PredictsTarget):
     """Predict the features of hidden blocks of an image from the rest of it, inside the language model.
 
     Source: arXiv 2512.15885. Visual tokens of target blocks are replaced by one learnt vector; visual tokens see
@@ -72,8 +75,8 @@ class JARVIS(VisionAlgorithm):
             ``unmasked``: words see the whole image, and masked views run alone through the early layers (no visual
             token ever reads a word, so predictions are the same); ``auto``: masked where the chat template is
             ``plain``, unmasked where there are questions, since answers about hidden blocks teach guessing.
-        train: what is trained of the model: ``all`` that the stage's ``trainable`` trains, ``proj+early`` of that only
-            what lies before the predictions (projector, layers 1 .. ``layer``), ``proj``: no language model (paper's code).
+        train: what is trained of the language model, of what the stage's ``trainable`` trains: ``all``; ``proj+early``:
+            layers 1 .. ``layer`` alone; ``proj``: nothing (paper's code). Projector and tower go by ``trainable``.
         ntp_probability: share of samples without masks, for which words alone are learnt (paper's ``jepa_lambda``:
             0.2). 1: off.
         ntp_scope: ``sample``: each sample is drawn for itself; ``step``: whole steps are.
@@ -89,6 +92,7 @@ class JARVIS(VisionAlgorithm):
     stages: ClassVar[tuple[str, ...]] = ("align",)
     loss_keys: ClassVar[tuple[str, ...]] = ("jarvis",)
     needs: ClassVar[frozenset[str]] = frozenset({"images"})
+    store_command: ClassVar[str] = "opsin data features"
 
     def __init__(
         self,
@@ -109,16 +113,25 @@ class JARVIS(VisionAlgorithm):
         stored: str = "auto",
         log_interval: int = 10,
     ):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"algorithms.jarvis.weight: {weight}: use 0 (off) or more")
-        if not 0 <= ntp_probability <= 1:
-            raise UserError(f"algorithms.jarvis.ntp_probability: {ntp_probability}: use 0 to 1")
-        if lr is not None and not (math.isfinite(lr) and lr > 0):
-            raise UserError(f"algorithms.jarvis.lr: {lr}: use a rate above 0, or null for the run's")
-        if layer is not None and layer < 1:
-            raise UserError(f"algorithms.jarvis.layer: {layer}: use 1 .. N, or null for N // 4")
-        if log_interval < 1:
-            raise UserError(f"algorithms.jarvis.log_interval: {log_interval} is less than 1")
+        for key, value, good, hint in (
+            ("weight", weight, _number(weight) and weight >= 0, "0 (off) or more"),
+            (
+                "ntp_probability",
+                ntp_probability,
+                _number(ntp_probability) and 0 <= ntp_probability <= 1,
+                "0 to 1",
+            ),
+            ("lr", lr, lr is None or (_number(lr) and lr > 0), "a rate above 0, or null for the run's"),
+            (
+                "layer",
+                layer,
+                layer is None or (type(layer) is int and layer > 0),
+                "1 .. N, or null for N // 4",
+            ),
+            ("log_interval", log_interval, type(log_interval) is int and log_interval > 0, "1 or more"),
+        ):
+            if not good:
+                raise UserError(f"algorithms.jarvis.{key}: {value}: use {hint}")
         for key, value, known in (
             ("head", head, HEADS),
             ("loss", loss, LOSSES),
@@ -126,7 +139,7 @@ class JARVIS(VisionAlgorithm):
             ("text_loss", text_loss, TEXT_LOSS),
             ("train", train, TRAIN),
             ("ntp_scope", ntp_scope, ("sample", "step")),
-            ("stored", stored, ("auto", "required", "ignore")),
+            ("stored", stored, STORED),
         ):
             if value not in known:
                 raise UserError(f"algorithms.jarvis.{key} '{value}': unknown{nearest(str(value), known)}")
@@ -134,6 +147,8 @@ class JARVIS(VisionAlgorithm):
         if self.masks is None and (hide_unused or see_pretext):
             key = "hide_unused" if hide_unused else "see_pretext"
             raise UserError(f"algorithms.jarvis.{key}: there is nothing to hide with masks: none")
+        if text_loss == "unmasked" and hide_unused and not see_pretext:
+            raise UserError(_SEEN_WHOLE)
         self.target_spec: str | Mapping[str, Any] = "features" if target is None else target
         check_target(self.target_spec)
         self.weight, self.head, self.layer, self.loss, self.weighting = (
@@ -148,9 +163,6 @@ class JARVIS(VisionAlgorithm):
         self.hide_unused, self.see_pretext, self.log_interval = hide_unused, see_pretext, int(log_interval)
         self.branch = text_loss == "unmasked" and self.masks is not None
         self.tap = layer or 0
-        self.target: Target | None = None
-        self._placed: torch.device | None = None
-        self._take_stored = stored != "ignore"
         self._seed = 0
         self._sums: torch.Tensor | None = None
         self._views = torch.zeros(3, dtype=torch.float64)
@@ -197,8 +209,8 @@ class JARVIS(VisionAlgorithm):
                     f"algorithms.jarvis: masks need an attention that takes them, not model.attn_implementation: {kind}; "
                     "use sdpa or flex_attention"
                 )
-        self.target = target = make_target(self.target_spec)
-        self._placed = None
+        target = make_target(self.target_spec)
+        self.set_target(target)
         self._seed = stable_hash(self.name, seed)
         text = model.hf.config.get_text_config()
         deviation = getattr(text, "initializer_range", 0.02)
@@ -241,24 +253,14 @@ class JARVIS(VisionAlgorithm):
 
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Check the features that the dataset brings; see whether there are questions."""
+        self.look_for_stored(state)
         loader: Any = state.train_dataloader
-        self._take_stored = use_stored(
-            loader,
-            self.name,
-            self.stored,
-            self.built_target.identity,
-            "algorithms.jarvis",
-            "opsin data features",
-        )
         encoder = getattr(getattr(loader, "collate_fn", None), "encoder", None)
         plain = getattr(getattr(encoder, "template", None), "name", None) == "plain"
         unmasked = self.text_loss == "unmasked" or (self.text_loss == "auto" and not plain)
         self.branch = unmasked and self.masks is not None
         if self.branch and self.hide_unused and not self.see_pretext:
-            raise UserError(
-                "algorithms.jarvis.hide_unused: it hides patches from words, which see the whole image with text_loss: "
-                "unmasked (what auto is where there are questions); set text_loss: masked"
-            )
+            raise UserError(_SEEN_WHOLE)
         logger.log_hyperparameters({"jarvis/text_loss": "unmasked" if unmasked else "masked"})
 
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
@@ -415,15 +417,6 @@ class JARVIS(VisionAlgorithm):
             logged.update({"jarvis/cosine": -mean} if self.loss == "cosine" else {"jarvis/smooth_l1": mean})
         logger.log_metrics(logged)
 
-    @property
-    def built_target(self) -> Target:
-        """The target, once it is built (at INIT)."""
-        assert self.target is not None, "the target is built at INIT"
-        return self.target
 
-    def placed_target(self, device: torch.device) -> Target:
-        """The target on a device; it goes there when it is first used, which it never is where features are stored."""
-        if self._placed != device:
-            self.built_target.to(device)
-            self._placed = device
-        return self.built_target
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

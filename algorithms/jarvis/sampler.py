@@ -43,8 +43,8 @@ class MaskConfig:
         size_scope: ``sample``: every view has block sizes of its own (ours); ``batch``: all views of a device batch
             share them (code).
         edge_fix: blocks may touch the last row and column (ours); the code's blocks never do.
-        ctx_truncate: ``none`` (ours); ``batch_min``: every context is cut to the smallest of the device batch, first
-            patches in raster order first, so that the bottom of the images is dropped (code).
+        ctx_truncate: ``none`` (ours); ``batch_min``: every context is cut to the smallest of the device batch (on grids of
+            its size), first patches in raster order first, so that the bottom of the images is dropped (code).
         tgt_overlap: target blocks may overlap; else a patch belongs to the first block that covers it.
 
     With ``size_scope: batch`` or ``ctx_truncate: batch_min`` a mask depends on what else is in the batch.
@@ -83,11 +83,6 @@ class MaskConfig:
         for key in ("edge_fix", "tgt_overlap"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{WHERE}.{key}: {getattr(self, key)}: use true or false")
-
-    @property
-    def of_sample_alone(self) -> bool:
-        """Whether a mask depends on nothing but its sample."""
-        return self.size_scope == "sample" and self.ctx_truncate == "none"
 
 
 PRESETS = {
@@ -198,7 +193,7 @@ def _attempt(
     sizes[:, blocks] = patches.per_view(context)
     if not config.tgt_overlap:
         sizes[:, :blocks] = patches.per_view((bits[:, None] >> torch.arange(blocks)) & 1)
-    enough = sizes > config.min_keep * grid.prod(1)[:, None]
+    enough = sizes > config.min_keep * grid.prod(1).double()[:, None]
     masked = enough.all(1) & (size[:, 0] >= 2).all(1)  # a line of patches is no block
     return (bits + CONTEXT * context).short(), masked
 
@@ -244,14 +239,19 @@ def sample_masks(
 
 
 def _truncated(code: torch.Tensor, masked: torch.Tensor, patches: Patches) -> torch.Tensor:
-    """Every context cut to the smallest one's number of patches, the first in raster order kept."""
+    """Every context cut to the smallest one's number of patches on that grid, the first in raster order kept."""
     context = (code & CONTEXT) != 0
     if not bool(masked.any()):
         return code
     counts = patches.per_view(context)
-    least = counts[masked].min()
+    # Among views of one grid: of a large and a small picture, the large one would be left next to nothing.
+    alike = torch.unique(patches.grid, dim=0, return_inverse=True)[1]
+    of_masked = torch.where(masked, counts, torch.iinfo(counts.dtype).max)
+    least = torch.full_like(counts, torch.iinfo(counts.dtype).max).scatter_reduce_(
+        0, alike, of_masked, "amin"
+    )
     before = (counts.cumsum(0) - counts)[patches.view]
-    kept = context & (context.cumsum(0) - before <= least)
+    kept = context & (context.cumsum(0) - before <= least[alike][patches.view])
     return torch.where(context & ~kept, code & ~CONTEXT, code)
 
 

@@ -12,7 +12,7 @@ from composer.core import State
 from composer.loggers import Logger
 from torch import nn
 
-from ...data.patch_targets import COLUMN, STORED, use_stored
+from ...data.patch_targets import COLUMN, STORED
 from ...data.schema import stable_hash
 from ...models.errors import UserError, nearest
 from ...models.net import nan_safe_zero
@@ -20,7 +20,7 @@ from ...models.normalise import declare, term
 from ...models.randomness import keys_of_views
 from ...models.step import FINAL
 from ...models.vlm import VisionLanguageModel
-from ..base import VisionAlgorithm
+from ..predicts import PredictsTarget
 from .diffusion import TIMESTEPS, objective_named
 from .functional import (
     decoded_loss,
@@ -39,7 +39,7 @@ FLUX = {"name": "vae", "path": "black-forest-labs/FLUX.1-dev", "subfolder": "vae
 LETTERBOX = ("reconstruct", "mask")
 
 
-class ROSS(VisionAlgorithm):
+class ROSS(PredictsTarget):
     """Reconstruct each image's latent tokens from the language model's outputs at its visual tokens.
 
     Source: arXiv 2410.09575. Adds ``loss/train/ross``: the mean over views (grids of patches; an image of LLaVA-NeXT
@@ -135,9 +135,6 @@ class ROSS(VisionAlgorithm):
             )
         self.draws, self.timesteps, self.detach, self.lr = draws, timesteps, detach, lr
         self.letterbox, self.min_visible, self.stored = letterbox, min_visible, stored
-        self.target: Target | None = None
-        self._placed: torch.device | None = None
-        self._take_stored = stored != "ignore"
         self._seed = 0
         self._shares = torch.empty(0)
 
@@ -169,8 +166,8 @@ class ROSS(VisionAlgorithm):
             raise UserError(
                 f"algorithms.ross.layer: {self.layer}: the language model has layers 1 to {layers}"
             )
-        self.target = target = make_target(self.target_spec)
-        self._placed = None
+        target = make_target(self.target_spec)
+        self.set_target(target)
         if self.objective.decoded and type(target).decode is Target.decode:
             raise UserError(
                 f"algorithms.ross.objective: decoded_mse needs a target with a decoder, {target.identity} has none"
@@ -201,10 +198,7 @@ class ROSS(VisionAlgorithm):
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Check the targets that the dataset brings."""
         self._shares = self._shares.to(next(model.net.hf.parameters()).device)
-        identity = self.built_target.identity
-        self._take_stored = use_stored(
-            state.train_dataloader, self.name, self.stored, identity, "algorithms.ross"
-        )
+        self.look_for_stored(state)
 
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Declare the number of views."""
@@ -303,19 +297,6 @@ class ROSS(VisionAlgorithm):
         noisy = torch.zeros(1, 1, self.built_target.dim, device=hidden.device)
         time = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
         return nan_safe_zero(head(hidden.flatten(0, 1)[:1], views, noisy, time))
-
-    @property
-    def built_target(self) -> Target:
-        """The target, once it is built (at INIT)."""
-        assert self.target is not None, "the target is built at INIT"
-        return self.target
-
-    def placed_target(self, device: torch.device) -> Target:
-        """The target on a device; it goes there when it is first used, which it never is where targets are stored."""
-        if self._placed != device:
-            self.built_target.to(device)
-            self._placed = device
-        return self.built_target
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import weights_id
+from .base import Target, weights_id
 from .frozen import DTYPES, WHERE, FrozenTarget, choice, one_line, whole
 from .readers import LAST, HubReader, Reader, TimmReader
 
@@ -96,6 +96,11 @@ class ReaderTarget(FrozenTarget):
             f" weights={weights_id(self.teacher.module)}"
         )
 
+    def to(self, device: torch.device) -> Target:
+        """Move to a device, in place; colours, too, or every step would wait for their copy."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return super().to(device)
+
     def sized(self, pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """Views (B, 3, h, w) as the network reads them, float32 in [0, 1].
 
@@ -127,8 +132,7 @@ class ReaderTarget(FrozenTarget):
     @torch.no_grad()
     def _features(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [0, 1] -> map (B, C, h, w) float32 on the network's device."""
-        pixels = pictures.to(self.device, torch.float32)
-        pixels = (pixels - self.mean.to(pixels)) / self.std.to(pixels)
+        pixels = (pictures.to(self.device, torch.float32) - self.mean) / self.std
         with torch.autocast(
             self.device.type, enabled=False
         ):  # in its own precision, whatever trains around it

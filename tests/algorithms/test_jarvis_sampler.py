@@ -20,6 +20,7 @@ from opsin.algorithms.jarvis.sampler import (
     BLOCKS,
     CONTEXT,
     MASKED,
+    MOST_BLOCKS,
     PRESETS,
     MaskConfig,
     block_sizes,
@@ -40,7 +41,7 @@ CONTEXT_SIZES = {(23, 23): 0.80, (22, 22): 0.20}
 
 
 def count(bits: torch.Tensor) -> torch.Tensor:
-    return sum(((bits >> j) & 1).long() for j in range(12))  # type: ignore[return-value]
+    return sum(((bits >> j) & 1).long() for j in range(MOST_BLOCKS))  # type: ignore[return-value]
 
 
 def grids(*sides: tuple[int, int]) -> torch.Tensor:
@@ -196,7 +197,7 @@ def test_the_last_row_and_column_are_reached_with_edge_fix_alone(edge_fix: bool)
 
 
 @pytest.mark.parametrize("side", [8, 13, 24])
-@pytest.mark.parametrize("changes", [{}, {"tgt_overlap": False}, {"min_keep": 0.1}, {"blocks": 12}])
+@pytest.mark.parametrize("changes", [{}, {"tgt_overlap": False}, {"min_keep": 0.1}, {"blocks": MOST_BLOCKS}])
 def test_targets_and_context_are_disjoint_and_larger_than_min_keep(side: int, changes: dict) -> None:
     config = replace(PRESETS["default"], **changes)
     code = on_grid(side, 100, config).flatten(1)
@@ -321,7 +322,7 @@ def test_views_too_small_are_left_whole_counted_and_the_others_are_masked() -> N
 @pytest.mark.parametrize(
     ("spec", "message"),
     [("defalt", "masks 'defalt': unknown; did you mean 'default'"), ({"preset": "party"}, "masks 'party': unknown; did you mean 'parity'"),
-     ({"block": 3}, "masks.block: unknown key; did you mean 'blocks'"), ({"blocks": 0}, "masks.blocks: 0: use 1 to 12"),
+     ({"block": 3}, "masks.block: unknown key; did you mean 'blocks'"), ({"blocks": 0}, "masks.blocks: 0: use 1 to 8"),
      ({"blocks": 13}, "masks.blocks: 13"), ({"blocks": True}, "masks.blocks: True"), ({"scale": [0.3, 0.2]}, "masks.scale: [0.3, 0.2]"),
      ({"scale": 0.2}, "masks.scale: 0.2"), ({"scale": [0.1, float("nan")]}, "masks.scale"), ({"aspect": [0, 1]}, "masks.aspect"),
      ({"min_keep": 10}, "masks.min_keep: 10: a share"), ({"min_keep": "x"}, "masks.min_keep: x"), ({"min_keep": float("nan")}, "masks.min_keep: nan"),

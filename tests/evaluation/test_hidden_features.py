@@ -41,13 +41,16 @@ def test_nearest_context_is_the_loop() -> None:
             assert int(found[n, p]) == min(away)[1]
 
 
-def test_ridge_finds_a_linear_map_and_its_intercept() -> None:
-    x = torch.randn(400, 5, dtype=torch.float64)
-    w, b = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    ridge = Ridge(5, 3)
-    for part in x.split(100):
-        ridge.add(part, part @ w + b)
-    assert torch.allclose(ridge.solve()(x).double(), x @ w + b, atol=0.02)
+def test_ridge_finds_a_linear_map_and_its_intercept_around_the_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 5, dtype=torch.float64, generator=generator)
+    w, b = torch.randn(5, 3, generator=generator).double(), torch.randn(3, generator=generator).double()
+    mean = 10 * torch.randn(7, 3, generator=generator)
+    place = torch.randint(7, (400,), generator=generator)
+    ridge = Ridge(7, 5, 3)
+    for at in torch.arange(400).split(100):
+        ridge.add(x[at], x[at] @ w + b + mean[place[at]], place[at])
+    assert torch.allclose(ridge.solve(mean)(x).double(), x @ w + b, atol=0.02)
 
 
 def _seen(feature: torch.Tensor, predicted: torch.Tensor, token: torch.Tensor) -> Seen:
@@ -63,7 +66,6 @@ def test_rows_are_what_they_say() -> None:
     feature = F.normalize(token @ torch.randn(6, 6, generator=generator) + 3.0, dim=-1)
     guesses = Guesses((4, 4))
     seen = _seen(feature, feature, token)
-    guesses.add_mean(seen)
     guesses.add(seen)
     guesses.finish()
     scores = {row: values.mean() for row, (values, _) in _score(seen, guesses).items()}
@@ -86,7 +88,6 @@ def test_within_takes_the_pictures_own_mean_away() -> None:
     own = 0.1 * torch.randn(64, 16, 6, generator=generator)
     seen = _seen(whole + own, whole + 0.1 * torch.randn(64, 16, 6, generator=generator), whole + own)
     guesses = Guesses((4, 4))
-    guesses.add_mean(seen)
     guesses.add(seen)
     guesses.finish()
     plain, within = _score(seen, guesses)["jarvis"]
