@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
-from composer.utils import dist
+from streaming.base.distributed import get_local_rank, get_rank, get_world_size
 
 from ..models.errors import UserError
 from .messages import first_line, shown
@@ -48,7 +48,9 @@ def together(work: Callable[[], Answer]) -> Answer:
 def _tell(line: str | None) -> list[str | None]:
     """What every rank has to say."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return dist.all_gather_object(line)
+        lines: list[str | None] = [None] * get_world_size()
+        torch.distributed.all_gather_object(lines, line)
+        return lines
     return [line]
 
 
@@ -73,11 +75,11 @@ def check_streams(
         _check_columns(stream, own, columns)
         _check_hashes(stream, own)
         if stream.remote is None:
-            if dist.get_local_rank() == 0:
+            if get_local_rank() == 0:
                 _check_folder(stream, own)
-        elif dist.get_global_rank() == 0:
+        elif get_rank() == 0:
             _check_store(stream, own)
-    if room and dist.get_local_rank() == 0:
+    if room and get_local_rank() == 0:
         _check_room([(stream, own) for stream, own, _ in parts if stream.remote is not None], cache_limit)
 
 

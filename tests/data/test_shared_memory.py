@@ -126,31 +126,33 @@ time.sleep(float(sys.argv[2]))
 """
 
 
-def start(folder: str, seconds: float) -> tuple[subprocess.Popen[str], str]:
-    """Another job, with an open dataset, that goes on for so long."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", JOB, folder, str(seconds)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )  # fmt: skip
-    assert process.stdout is not None
-    return process, process.stdout.readline().strip()
+def start(folder: str) -> Any:
+    """Another job, from nothing, with an open dataset."""
+    command = [sys.executable, "-c", JOB, folder, "600"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_what_a_killed_job_leaves_the_next_one_removes_and_a_living_jobs_stays(folder: str) -> None:
-    living, its = start(folder, 600)
+    living, killed = start(folder), start(folder)  # together: imports are what takes long
     try:
-        killed, token = start(folder, 600)
+        its, token = (process.stdout.readline().strip() for process in (living, killed))
         here = left(its)
         assert len(here) > 5 and any(p.name.endswith(LOCALS) for p in here) and len(left(token)) > 5
         os.killpg(killed.pid, signal.SIGKILL)  # its resource tracker, too
         killed.wait(10)
         assert len(left(token)) > 5
-        next_, own = start(folder, 0)  # starts, and ends by itself
-        assert next_.wait(60) == 0
+        [(own, _, ids)] = forked(
+            open_together, FORK.Barrier(1), folder, count=1
+        )  # starts, and ends by itself
+        assert len(ids) == 8
         assert left(token) == [] and left(own) == []
         assert left(its) == here and living.poll() is None
     finally:
-        os.killpg(living.pid, signal.SIGKILL)
-        living.wait(10)
+        for process in (living, killed):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+            process.stdout.close()
 
 
 def test_nothing_is_left_in_the_temporary_folder(folder: str) -> None:
