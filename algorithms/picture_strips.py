@@ -108,7 +108,9 @@ class PictureStrips(Callback, Generic[Method]):
         if self._algorithm is None:
             return  # the method is switched off, or not used in this stage
         # Stored targets belong to another model's patches, perhaps; a strip needs none.
-        dataset = StreamingVLMDataset(remote=self.remote, batch_size=1, shuffle=False, patch_targets="ignore")
+        dataset = StreamingVLMDataset(
+            remote=self.remote, batch_size=1, shuffle=False, patch_targets="ignore", whole=False
+        )
         samples = [dataset[i] for i in range(min(self.images, dataset.num_samples))]
         loader: Any = state.train_dataloader
         device_batch = loader.collate_fn(samples)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,36 @@ from streaming.base.storage import CloudDownloader
 
 from ..models.errors import UserError, nearest
 from ..models.packaged import cache_folder
+from .messages import first_line, shown
+from .object_store import Unreachable, object_bytes
 from .patch_targets import DESCRIPTION, PatchTargetsInfo
 from .schema import HASHES, stable_hash
 from .sentences import SIDECAR, SentenceCounts, dataset_hash
+from .shared_memory import own_cache
+
+FETCH_SECONDS = 300.0
+"""Most time for a small file of a dataset: its index, its counts."""
 
 
 def cached(remote: str, split: str, local: str | None) -> Path:
     """Folder for a remote dataset's shards, with its index of now in it.
 
     By default it is named by address *and* index, so that data written anew under an old address is not mixed
-    with its shards of before, whoever else reads those at the moment.
+    with its shards of before, whoever else reads those at the moment. No other job uses it at the same time.
 
     Raises:
-        UserError: the index cannot be had, or ``local`` holds the shards of another dataset.
+        UserError: the index cannot be had, or ``local`` holds the shards of another dataset or is another job's.
     """
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary) / "index.json"
         fetch(remote, "index.json", fresh, split)
         content = fresh.read_bytes()
-    folder = (
-        Path(local) if local else cache_folder() / "streams" / f"{stable_hash(remote, split, content):016x}"
-    )
+    if local:
+        folder = Path(local)
+        own_cache(folder / split, given=True)
+    else:
+        name = f"{stable_hash(remote, split, content):016x}"
+        folder = own_cache(cache_folder() / "streams" / name, given=False)
     index = folder / split / "index.json"
     if not index.is_file():
         index.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +53,7 @@ def cached(remote: str, split: str, local: str | None) -> Path:
         partial.replace(index)
     elif index.read_bytes() != content:
         raise UserError(
-            f"dataset: local '{folder}' holds shards of another dataset than '{remote}' has now; remove it, or give "
+            f"dataset: local '{folder}' holds shards of another dataset than '{shown(remote)}' has now; remove it, or give "
             "another folder"
         )
     return folder
@@ -68,21 +78,57 @@ def shard_hash(options: Mapping[str, Any], validate_hash: str | None) -> str | N
 
 
 def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
-    """Download one file of a dataset, whole or not at all.
+    """Download one file of a dataset, whole or not at all, or say in a bounded time why not.
 
     Raises:
+        Unreachable: its store does not answer, or wants other credentials.
         UserError: it cannot be had.
     """
-    address = "/".join(
-        part.strip("/") if i else part.rstrip("/") for i, part in enumerate((remote, split, name)) if part
-    )
+    address = join_address(remote, split, name)
+    if address.startswith("s3://"):
+        try:
+            object_bytes(address)
+        except UserError as error:
+            raise type(error)(f"dataset: cannot read {error}") from error
     partial = to.with_name(to.name + f".{os.getpid()}.part")
     try:
-        CloudDownloader.direct_download(address, str(partial))
+        within(FETCH_SECONDS, lambda: CloudDownloader.direct_download(address, str(partial)))
         partial.replace(to)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"dataset: cannot read {address}: {first_line(error)}") from error
+        kind = UserError if isinstance(error, ValueError) else Unreachable  # no such kind of store
+        raise kind(f"dataset: cannot read {shown(address)}: {first_line(error)}") from error
+
+
+def join_address(*parts: str) -> str:
+    """A file's address from those of its folders; empty parts are left out."""
+    return "/".join(part.strip("/") if i else part.rstrip("/") for i, part in enumerate(parts) if part)
+
+
+def within(seconds: float, work: Callable[[], None]) -> None:
+    """Do something that may never end, but wait no longer than this.
+
+    Stores' own clients have time limits of their own, or none. What is given up goes on in a daemon thread, which
+    ends with the process.
+
+    Raises:
+        TimeoutError: it has not ended.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer for {seconds:g} seconds")
+    if failed:
+        raise failed[0]
 
 
 def read_sentence_counts(stream: Stream) -> SentenceCounts | None:
@@ -106,7 +152,7 @@ def read_sentence_counts(stream: Stream) -> SentenceCounts | None:
                 return None
             counts = SentenceCounts.load(copy)
     if counts.dataset and counts.dataset != dataset_hash((folder / "index.json").read_bytes()):
-        address = stream.remote or str(folder)
+        address = shown(stream.remote or str(folder))
         raise UserError(
             f"dataset: {SIDECAR} of {address} was made for other shards; make it anew with `opsin data templates {address}`"
         )
@@ -119,7 +165,7 @@ def read_description(stream: Stream) -> PatchTargetsInfo:
     Raises:
         UserError: there is no such file, or it is that of other shards.
     """
-    folder, address = Path(stream.local) / stream.split, stream.remote or stream.local
+    folder, address = Path(stream.local) / stream.split, shown(stream.remote or stream.local)
     with tempfile.TemporaryDirectory() as temporary:
         file = folder / DESCRIPTION
         if stream.remote is not None:
@@ -138,9 +184,3 @@ def read_description(stream: Stream) -> PatchTargetsInfo:
             f"dataset: {DESCRIPTION} of {address} was made for other shards; make them anew with `{info.made_with}`"
         )
     return info
-
-
-def first_line(error: BaseException | None) -> str:
-    """Kind and first line of an error."""
-    text = str(error).strip().splitlines() if error is not None else []
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -24,10 +24,13 @@ from streaming.base.shuffle import algos
 from torch.utils.data import get_worker_info
 
 from ..models.errors import UserError, nearest
+from .dataset_check import check_streams, together
+from .messages import first_line
 from .patch_targets import COLUMN, PatchTargetsInfo
-from .remote import first_line, read_description, read_sentence_counts
+from .remote import read_description, read_sentence_counts
 from .schema import stable_hash
 from .sentences import SentenceCounts
+from .shared_memory import private_names
 from .streams import IGNORE, SafeStream, addresses, open_stream
 
 __all__ = ["SafeStream", "StreamingVLMDataset"]
@@ -50,10 +53,12 @@ class StreamingVLMDataset(StreamingDataset):
         patch_targets: for ``remote``: folder or URL of its stored targets, where they are a dataset of their own
             (``opsin data latents --sidecar``); streams name theirs under the same key. ``ignore``: leave a
             dataset's own column out.
+        whole: all of it will be read in time: refuse a disk that cannot hold it.
         kwargs: further arguments of ``streaming.StreamingDataset``.
 
     Raises:
-        UserError: an index cannot be read; one line with its address and what to do.
+        UserError: on all ranks: it cannot be read, in one line with its address and what to do
+            (``data/dataset_check.py``).
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class StreamingVLMDataset(StreamingDataset):
         batch_size: int,
         validate_hash: str | None = "auto",
         patch_targets: str | None = None,
+        whole: bool = True,
         **kwargs: Any,
     ):
         if bool(streams) == bool(remote):
@@ -80,7 +86,10 @@ class StreamingVLMDataset(StreamingDataset):
         if algorithm is not None and algorithm not in algos:  # Streaming looks when an epoch starts
             raise UserError(f"dataset: shuffle_algo '{algorithm}': unknown{nearest(str(algorithm), algos)}")
         self.stream_names = list(named)
-        self._opened = [open_stream(name, options, validate_hash) for name, options in named.items()]
+        self._opened = together(
+            lambda: [open_stream(name, options, validate_hash) for name, options in named.items()]
+        )
+        private_names()
         try:
             super().__init__(streams=self._opened, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
@@ -88,7 +97,11 @@ class StreamingVLMDataset(StreamingDataset):
         self._epoch_now = 0
         self._failure: BaseException | None = None
         self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
-        self.patch_targets_info = self._describe()
+        try:
+            self.patch_targets_info = together(lambda: self._check_and_describe(whole))
+        except BaseException:
+            self.__del__()  # whoever holds the error holds this, too, and the cache must be free for another try
+            raise
         self._drop_clients()
 
     def __getitem__(self, at: int) -> dict[str, Any]:
@@ -198,6 +211,12 @@ class StreamingVLMDataset(StreamingDataset):
         epoch, sample = super()._resume_incr_epoch()
         self._epoch_now = int(epoch)
         return epoch, sample
+
+    def _check_and_describe(self, whole: bool) -> PatchTargetsInfo | None:
+        starts = [int(start) for start in self.shard_offset_per_stream]
+        shards = [self.shards[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        check_streams(self._opened, shards, int(self.cache_limit or 0), room=whole)
+        return self._describe()
 
     def _describe(self) -> PatchTargetsInfo | None:
         """What the stored targets of all streams are; None where there are none.

@@ -10,6 +10,7 @@ from streaming import Stream
 
 from ..models.errors import UserError, nearest
 from .joined import join, prepare_joined, set_up_joined
+from .messages import shown
 from .patch_targets import COLUMN, PatchTargetsInfo
 from .remote import cached, read_description, shard_hash
 from .sentences import dataset_hash
@@ -40,6 +41,9 @@ class SafeStream(Stream):
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
         """Shards of the samples, joined with those of their targets."""
         shards = super().get_shards(world, allow_unsafe_types)
+        if self.remote is None:
+            for shard in shards:
+                shard.evict = _keep
         if self.targets is None:
             return shards
         side = self.targets.get_shards(world, allow_unsafe_types)
@@ -53,6 +57,8 @@ class SafeStream(Stream):
         """Note which shards are here already."""
         if self.targets is None:
             super().set_up_local(shards, cache_usage_per_shard)
+            if self.remote is None:  # no copies, so cache_limit is not about them: here, and of no size
+                cache_usage_per_shard[:] = cache_usage_per_shard > 0
         else:
             set_up_joined(self, self.targets, shards, cache_usage_per_shard)
 
@@ -74,6 +80,14 @@ class SafeStream(Stream):
                 if attempt or self.remote is None:
                     raise
         raise AssertionError("unreachable")
+
+
+def _keep() -> int:
+    """In place of a shard's ``evict`` where it is somebody's only file: Streaming 0.13.0 would delete it.
+
+    It does so when another stream's shard needs room under ``cache_limit``.
+    """
+    return 0
 
 
 def open_stream(name: str, options: Mapping[str, Any], validate_hash: str | None) -> SafeStream:
@@ -127,8 +141,8 @@ def open_stream(name: str, options: Mapping[str, Any], validate_hash: str | None
     index = Path(options["local"]) / options.get("split", "") / "index.json"
     if side.targets_info.dataset != dataset_hash(index.read_bytes()):
         raise UserError(
-            f"dataset: {COLUMN} '{targets}' were made for another dataset than '{remote}' is now; make them anew with "
-            f"`{side.targets_info.made_with} {remote} ... --sidecar`"
+            f"dataset: {COLUMN} '{shown(targets)}' were made for another dataset than '{shown(remote)}' is now; make them anew with "
+            f"`{side.targets_info.made_with} {shown(remote)} ... --sidecar`"
         )
     stream = SafeStream(validate_hash=algorithm, targets=side, **options)
     stream.targets_info = side.targets_info
@@ -137,4 +151,4 @@ def open_stream(name: str, options: Mapping[str, Any], validate_hash: str | None
 
 def addresses(named: Mapping[str, Mapping[str, Any]]) -> str:
     """Where several streams come from, for messages."""
-    return ", ".join(str(options.get("remote") or options.get("local")) for options in named.values())
+    return ", ".join(shown(str(options.get("remote") or options.get("local"))) for options in named.values())

@@ -234,3 +234,24 @@ def run_yaml(files: list[str], arguments: list[str] = ()) -> dict[str, Any]:
     finally:
         stage_run.assert_sharded = stock
     return {"folder": str(folder.path), "sharded": seen}
+
+
+def refused_dataset(remote: str) -> str | None:
+    """The line with which a dataset is refused on this rank."""
+    from opsin.data.streaming import StreamingVLMDataset
+    from opsin.models.errors import UserError
+
+    try:
+        StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def job_of_dataset(remote: str) -> tuple[str, str]:
+    """The job to which this rank belongs, and where a dataset of it keeps its locks."""
+    from opsin.data import shared_memory
+    from opsin.data.streaming import StreamingVLMDataset
+
+    dataset = StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False)
+    return shared_memory.job().token, dataset._cache_filelock_path

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.chat import TEMPLATES
+from ..data.object_store import Unreachable
 from ..models.anatomy import PARTS
 from ..models.errors import UserError, nearest
 from ..models.parts import count_parameters, parameter_groups
@@ -156,11 +157,11 @@ def _data(loaded: Loaded, stage: Stage, model: Any) -> str:
     prepared = {s.get("out") for kind in ("scenes", "easy_vqa") for s in getattr(loaded.run.prepare, kind)}
     dataset_config = config.train_loader.dataset
     try:
-        dataset = build_dataset(dataset_config, 1, loaded.run.seed)
+        dataset = build_dataset(dataset_config, 1, loaded.run.seed, whole=False)
     except UserError as error:
         if dataset_config.remote in prepared:
             return f"data: {dataset_config.remote} is not there yet; the run will make it (prepare)"
-        if "://" in str(dataset_config.remote):
+        if isinstance(error, Unreachable):
             return f"data: not reachable from here, so steps and tokens are not known ({error})"
         raise UserError(f"{stage.where(loaded, 'train_loader', 'dataset')}: {error}") from error
     collator = build_collator(model, stage, config.train_loader)

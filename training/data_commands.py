@@ -77,7 +77,7 @@ def inspect(remote: str, samples: int, console: Console) -> None:
     """Sizes, kinds and first samples of a dataset."""
     from ..data.streaming import StreamingVLMDataset
 
-    dataset = StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False)
+    dataset = StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False, whole=False)
     looked = min(dataset.num_samples, 1000)
     kinds: Counter[str] = Counter()
     pictures = turns = 0

@@ -185,7 +185,7 @@ def export_run(path: Path, out: Path, console: Console) -> None:
     plain = AutoModelForImageTextToText.from_pretrained(out)
     collator = build_collator(ours, stage, stage.config.train_loader)
     config = loaded.run.evaluation.dataset if loaded.run.evaluation else stage.config.train_loader.dataset
-    samples = first_samples(build_dataset(config, 1, loaded.run.seed), 3)
+    samples = first_samples(build_dataset(config, 1, loaded.run.seed, whole=False), 3)
     difference = largest_difference(ours, plain, collator, samples)
     if ours.net.bidirectional_images:
         console.print(

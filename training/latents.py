@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..data.messages import first_line
 from ..data.patch_targets import COLUMN, DESCRIPTION, PatchTargetsInfo
-from ..data.remote import first_line, read_sentence_counts
+from ..data.remote import read_sentence_counts
 from ..data.rewrite import ShardWriter, cells_of, columns_of, row_of
 from ..data.sentences import SIDECAR, dataset_hash
 from ..data.streaming import StreamingVLMDataset

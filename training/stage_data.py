@@ -29,8 +29,10 @@ def device_batch_size(stage: Stage, loaded: Loaded) -> int:
     return size // world
 
 
-def build_dataset(config: DatasetConfig, batch_size: int, seed: int) -> StreamingVLMDataset:
-    """The dataset of a loader."""
+def build_dataset(
+    config: DatasetConfig, batch_size: int, seed: int, whole: bool = True
+) -> StreamingVLMDataset:
+    """The dataset of a loader; ``whole``: see there."""
     options = {k: v for k, v in to_plain(config).items() if v is not None}
     streams, remote = options.pop("streams", None), options.pop("remote", None)
     local, split = options.pop("local", None), options.pop("split", None)
@@ -41,7 +43,9 @@ def build_dataset(config: DatasetConfig, batch_size: int, seed: int) -> Streamin
         streams, remote = {"default": {"remote": remote, "local": local, "split": split}}, None
     if streams and "shuffle_seed" in options and config.shuffle_seed is None:
         options["shuffle_seed"] = seed
-    return StreamingVLMDataset(streams=streams, remote=remote, local=local, batch_size=batch_size, **options)
+    return StreamingVLMDataset(
+        streams=streams, remote=remote, local=local, batch_size=batch_size, whole=whole, **options
+    )
 
 
 def build_collator(

@@ -99,9 +99,10 @@ def test_several_streams_keep_their_names_and_shares(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_an_error_and_never_a_short_epoch(tmp_path: Path) -> None:
     write(tmp_path / "data")
-    shards(tmp_path / "data")[2].unlink()
+    dataset = open_(tmp_path / "data")
+    shards(tmp_path / "data")[2].unlink()  # before, it would not even be opened (test_dataset_check)
     with pytest.raises(RuntimeError, match="a shard could not be read") as error:
-        list(loader(open_(tmp_path / "data"), 0))
+        list(loader(dataset, 0))
     assert "timed out" not in str(error.value)
 
 

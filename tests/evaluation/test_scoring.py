@@ -135,8 +135,8 @@ def test_evaluation_data_that_cannot_be_read_stops_the_run_before_it_begins(
     next(Path(torn).glob("*.mds")).unlink()
     for remote, message in (
         (str(tmp_path / "nowhere"), "no MDS dataset at"),
-        (narrow, "its samples have no column 'images'"),
-        (torn, "sample 0 cannot be read"),
+        (narrow, "column 'images' is not there in shard.00000.mds"),
+        (torn, "shard.00000.mds is not there, the index names it"),
     ):
         evaluation = {"dataset": data(scenes), key: data(remote)}
         run = runs.loaded(tmp_path, scenes, evaluation=evaluation)
