@@ -29,8 +29,10 @@ def device_batch_size(stage: Stage, loaded: Loaded) -> int:
     return size // world
 
 
-def build_dataset(config: DatasetConfig, batch_size: int, seed: int) -> StreamingVLMDataset:
-    """The dataset of a loader."""
+def build_dataset(
+    config: DatasetConfig, batch_size: int, seed: int, tail: str = "share"
+) -> StreamingVLMDataset:
+    """The dataset of a loader; ``tail``: see ``data.partition.TAILS``."""
     options = {k: v for k, v in to_plain(config).items() if v is not None}
     streams, remote = options.pop("streams", None), options.pop("remote", None)
     local, split = options.pop("local", None), options.pop("split", None)
@@ -41,7 +43,9 @@ def build_dataset(config: DatasetConfig, batch_size: int, seed: int) -> Streamin
         streams, remote = {"default": {"remote": remote, "local": local, "split": split}}, None
     if streams and "shuffle_seed" in options and config.shuffle_seed is None:
         options["shuffle_seed"] = seed
-    return StreamingVLMDataset(streams=streams, remote=remote, local=local, batch_size=batch_size, **options)
+    return StreamingVLMDataset(
+        streams=streams, remote=remote, local=local, batch_size=batch_size, tail=tail, **options
+    )
 
 
 def build_collator(
@@ -72,7 +76,8 @@ def build_train_spec(
     loader = stage.config.train_loader
     batch = device_batch_size(stage, loaded)
     try:
-        dataset = build_dataset(loader.dataset, batch, loaded.run.seed)
+        tail = "drop" if loader.drop_last else "fill"
+        dataset = build_dataset(loader.dataset, batch, loaded.run.seed, tail)
     except UserError as error:
         key = ("train_loader", "dataset", *(["remote"] if loader.dataset.remote else []))
         raise UserError(f"{stage.where(loaded, *key)}: {str(error).removeprefix('dataset: ')}") from error
@@ -95,7 +100,8 @@ def build_evaluators(loaded: Loaded, stage: Stage, model: VisionLanguageModel) -
     """``eval_loaders`` as Composer evaluators."""
     evaluators = []
     for config in stage.config.eval_loaders:
-        dataset = build_dataset(config.dataset, config.batch_size, loaded.run.seed)
+        tail = "drop" if config.drop_last else "share"
+        dataset = build_dataset(config.dataset, config.batch_size, loaded.run.seed, tail)
         data = build_loader(
             build_collator(model, stage, config), dataset, config.batch_size,
             num_workers=config.num_workers, prefetch_factor=config.prefetch_factor,
