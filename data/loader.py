@@ -52,7 +52,7 @@ def build_loader(
     persistent_workers: bool = True,
     pin_memory: bool = False,
     timeout: float = 300.0,
-    drop_last: bool = True,
+    drop_last: bool = False,
 ) -> DataLoader:
     """A DataLoader of device batches.
 

@@ -129,7 +129,12 @@ def exact_work(dataset: Any, world: Any, epoch: int, sample_in_epoch: int) -> ND
     order = epoch_order(len(samples), nodes)[sample_in_epoch:]
     if dataset.shuffle and len(order):
         shuffle = get_shuffle(
-            dataset.shuffle_algo, shuffle_units, nodes, dataset.shuffle_seed, epoch, dataset.shuffle_block_size
+            dataset.shuffle_algo,
+            shuffle_units,
+            nodes,
+            dataset.shuffle_seed,
+            epoch,
+            dataset.shuffle_block_size,
         )
         order = shuffle[order]
     return deal(

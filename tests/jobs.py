@@ -246,7 +246,9 @@ def served(
     from opsin.data.streaming import StreamingVLMDataset
 
     dataset = StreamingVLMDataset(remote=remote, batch_size=batch_size, **options)
-    loader = build_loader(list, dataset, batch_size, num_workers=workers, persistent_workers=False, timeout=60)  # type: ignore[arg-type]
+    loader = build_loader(list, dataset, batch_size, num_workers=workers, persistent_workers=False)  # type: ignore[arg-type]
+    if workers:  # as in a run; the pool's ranks would spawn them, which imports everything again
+        loader.multiprocessing_context = "fork"
     # The pool's ranks are daemons, which may not start workers; these are gone when the loader is at its end.
     daemon = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before, daemon["daemon"] = daemon["daemon"], False

@@ -76,7 +76,9 @@ class SkippedSamples(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting."""
-        counts = torch.tensor(state["counts"], dtype=torch.int64)  # of a checkpoint that knew fewer reasons, perhaps
+        counts = torch.tensor(
+            state["counts"], dtype=torch.int64
+        )  # of a checkpoint that knew fewer reasons, perhaps
         self.counts = torch.nn.functional.pad(counts, (0, len(Status) - len(counts)))
         self.truncated = int(state.get("truncated", 0))
 

@@ -52,7 +52,9 @@ def killed(config: str, folder: Path, lines: int) -> None:
         process.wait(30)
 
 
-def test_a_run_uses_each_sample_once_an_epoch_and_resumes_with_other_workers(tmp_path: Path, odd: str) -> None:
+def test_a_run_uses_each_sample_once_an_epoch_and_resumes_with_other_workers(
+    tmp_path: Path, odd: str
+) -> None:
     whole = train(runs.loaded(tmp_path, odd, **changes("whole", save_interval="2ba")))
     config = runs.config_file(tmp_path, odd, "killed.yaml", **changes("killed", 2, save_interval="2ba"))
     killed(config, tmp_path / "runs" / "killed", 9)  # in the second epoch
