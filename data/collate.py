@@ -91,10 +91,17 @@ class VLMCollator:
             raise UserError("the tokenizer has neither a pad token nor an end-of-sequence token")
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """N samples (columns of ``schema.COLUMNS``; ``visit`` when the dataset knows it) -> a device batch."""
+        """N samples (columns of ``schema.COLUMNS``; ``visit`` when the dataset knows it) -> a device batch.
+
+        Those with ``filler`` (``data/partition.py``) keep their place and are blank.
+        """
         documents: list[Document | None] = []
         status = np.zeros(len(samples), dtype=np.int8)
         for i, sample in enumerate(samples):
+            if sample.get("filler"):
+                documents.append(None)
+                status[i] = Status.PADDING
+                continue
             try:
                 documents.append(self.encoder(sample, visit=int(sample.get("visit", 0))))
             except Rejected as rejected:

@@ -33,6 +33,8 @@ class Status(IntEnum):
     EMPTY_ANSWER = 4
     TOO_LONG = 5
     REFUSED = 6
+    PADDING = 7
+    """No sample: it fills the last batch of an epoch, and is not counted."""
 
 
 class Rejected(Exception):

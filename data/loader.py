@@ -52,17 +52,21 @@ def build_loader(
     persistent_workers: bool = True,
     pin_memory: bool = False,
     timeout: float = 300.0,
-    drop_last: bool = True,
+    drop_last: bool = False,
 ) -> DataLoader:
     """A DataLoader of device batches.
+
+    Args:
+        drop_last: as the dataset's ``tail: drop``, which makes all batches of all ranks whole.
 
     Raises:
         UserError: the dataset has not even one batch (Composer would loop for ever over nothing).
     """
     batches = len(dataset) // batch_size if drop_last else math.ceil(len(dataset) / batch_size)
     if batches == 0:
+        samples = getattr(dataset, "samples_a_rank", len(dataset))
         raise UserError(
-            f"dataset: {len(dataset)} samples a rank make no batch of {batch_size}; lower global_train_batch_size "
+            f"dataset: {samples} samples a rank make no batch of {batch_size}; lower global_train_batch_size "
             "or set train_loader.drop_last: false"
         )
     workers: dict[str, Any] = {}

@@ -9,6 +9,9 @@ for ever. :class:`SafeStream` and :class:`StreamingVLMDataset` close them:
 * ... and lets all other workers wait for ever -> the shard's state is reset, and who waits tries it again;
 * a shard that failed its checksum stays in the cache and is trusted by the next run -> it is deleted and
   fetched once more.
+
+And it repeats samples where ranks do not divide an epoch -> ``data/partition.py`` deals each exactly once; a
+checkpoint made between two epochs begins the finished one again -> :meth:`StreamingVLMDataset.state_dict`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
@@ -26,9 +31,10 @@ from torch.utils.data import get_worker_info
 from ..models.errors import UserError, nearest
 from .dataset_check import check_streams, together
 from .messages import first_line
+from .partition import EXACT, FILLER, TAILS, places_a_rank
 from .patch_targets import COLUMN, PatchTargetsInfo
 from .remote import read_description, read_sentence_counts
-from .schema import stable_hash
+from .schema import pack_images, stable_hash
 from .sentences import SentenceCounts
 from .shared_memory import private_names
 from .streams import IGNORE, SafeStream, addresses, open_stream
@@ -36,11 +42,19 @@ from .streams import IGNORE, SafeStream, addresses, open_stream
 __all__ = ["SafeStream", "StreamingVLMDataset"]
 
 
+def filler(visit: int) -> dict[str, Any]:
+    """What stands in a batch where an epoch has no sample left: all columns, and nothing in them."""
+    sample = {"id": "", "conversations": [], "images": pack_images([]), "meta": {}, "stream": ""}
+    return {**sample, "uid": 0, "visit": visit, "filler": True}
+
+
 class StreamingVLMDataset(StreamingDataset):
     """Samples of ``schema.COLUMNS`` from one or several named streams.
 
     Each sample also carries ``uid`` (stable, 1 .. 2**63 - 1), ``visit`` (how often it was served before) and
     ``stream`` (name), and ``patch_targets`` where they are stored; ``patch_targets_info`` says what they are.
+    Several ranks get each sample exactly once an epoch; where their numbers do not come out even, some end on
+    samples with ``filler: True`` (``uid`` 0, nothing in them), which the collator makes blank rows.
 
     Args:
         streams: name -> arguments of :class:`SafeStream` (``remote``, ``local``, ``proportion`` ...), or a
@@ -54,6 +68,8 @@ class StreamingVLMDataset(StreamingDataset):
             (``opsin data latents --sidecar``); streams name theirs under the same key. ``ignore``: leave a
             dataset's own column out.
         whole: all of it will be read in time: refuse a disk that cannot hold it.
+        tail: what becomes of the samples at an epoch's end that make no whole global batch:
+            ``data.partition.TAILS``.
         kwargs: further arguments of ``streaming.StreamingDataset``.
 
     Raises:
@@ -71,8 +87,11 @@ class StreamingVLMDataset(StreamingDataset):
         validate_hash: str | None = "auto",
         patch_targets: str | None = None,
         whole: bool = True,
+        tail: str = "share",
         **kwargs: Any,
     ):
+        if tail not in TAILS:
+            raise UserError(f"dataset: tail '{tail}': unknown{nearest(tail, TAILS)}")
         if bool(streams) == bool(remote):
             raise UserError("dataset: give either remote or streams")
         named: dict[str, Mapping[str, Any]] = dict(streams or {"default": {"remote": remote, "local": local}})
@@ -94,7 +113,14 @@ class StreamingVLMDataset(StreamingDataset):
             super().__init__(streams=self._opened, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"dataset: {addresses(named)}: {first_line(error)}") from error
+        self.tail = tail
+        self.samples_a_rank = self.length  # before it is filled up or cut
+        if self.batching_method == "random":
+            self.batching_method = EXACT
+            ranks = self._parallel_rank_world.num_ranks
+            self.length = places_a_rank(self.epoch_size, ranks, batch_size, tail)
         self._epoch_now = 0
+        self._fillers = 0
         self._failure: BaseException | None = None
         self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
         try:
@@ -125,7 +151,7 @@ class StreamingVLMDataset(StreamingDataset):
         """
         if get_worker_info() is not None:
             self._drop_clients()
-        self._failure = None
+        self._failure, self._fillers = None, 0
         finished = False
         try:
             yield from super().__iter__()
@@ -135,6 +161,8 @@ class StreamingVLMDataset(StreamingDataset):
                 self._iterator.non_blocking_exit()
         if self._failure is not None or self._event.is_set():
             raise RuntimeError(f"a shard could not be read: {first_line(self._failure)}") from self._failure
+        for _ in range(self._fillers):
+            yield filler(self._epoch_now)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; if that fails, other workers may try instead of waiting for ever."""
@@ -206,6 +234,43 @@ class StreamingVLMDataset(StreamingDataset):
             if any("<image>" in t.get("value", "") for t in sample["conversations"]):
                 counts.add(sample["conversations"])
         return counts
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """This worker's sample ids. Its fillers, which come last, are counted and taken out (upstream skips -1)."""
+        ids = super()._get_work(epoch, sample_in_epoch)
+        fillers = ids == FILLER
+        self._fillers = int(fillers.sum())
+        ids[fillers] = -1
+        return ids
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where the data stands, for a checkpoint.
+
+        Composer makes a checkpoint of a finished epoch when it has already set its count of samples to 0.
+        Streaming then names the finished epoch and its beginning, and a resumed run would do it again.
+
+        Args:
+            num_samples: places of the epoch that were trained on, over all ranks.
+            from_beginning: counted from the epoch's beginning (Composer), not from this run's.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return {**state, "epoch_size": self.epoch_size}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            UserError: in mid-epoch, over other data: no order would serve each sample once.
+        """
+        before = obj.get("epoch_size", self.epoch_size)
+        if obj["sample_in_epoch"] and before != self.epoch_size:
+            raise UserError(
+                f"dataset: the checkpoint stands {obj['sample_in_epoch']} samples into an epoch of {before}, and the data "
+                f"now has {self.epoch_size}: bring the data back, or start a new run from its weights (init_from)"
+            )
+        super().load_state_dict(obj)
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
         epoch, sample = super()._resume_incr_epoch()

@@ -255,3 +255,25 @@ def job_of_dataset(remote: str) -> tuple[str, str]:
 
     dataset = StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False)
     return shared_memory.job().token, dataset._cache_filelock_path
+
+
+def served(
+    remote: str, batch_size: int, workers: int, epochs: int, options: dict[str, Any]
+) -> list[list[list[str]]]:
+    """Ids of the device batches that this rank gets, epoch by epoch."""
+    import multiprocessing
+
+    from opsin.data.loader import build_loader
+    from opsin.data.streaming import StreamingVLMDataset
+
+    dataset = StreamingVLMDataset(remote=remote, batch_size=batch_size, **options)
+    loader = build_loader(list, dataset, batch_size, num_workers=workers, persistent_workers=False)  # type: ignore[arg-type]
+    if workers:  # as in a run; the pool's ranks would spawn them, which imports everything again
+        loader.multiprocessing_context = "fork"
+    # The pool's ranks are daemons, which may not start workers; these are gone when the loader is at its end.
+    daemon = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    before, daemon["daemon"] = daemon["daemon"], False
+    try:
+        return [[[s["id"] for s in batch] for batch in loader] for _ in range(epochs)]
+    finally:
+        daemon["daemon"] = before

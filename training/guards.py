@@ -53,6 +53,7 @@ class SkippedSamples(Callback):
         total = state.device.tensor_to_device(torch.cat([self.counts, torch.tensor([self.truncated])]))
         dist.all_reduce(total)
         *numbers, truncated = total.tolist()
+        numbers[Status.PADDING] = 0  # no samples
         skipped = sum(numbers) - numbers[Status.USED]
         reasons = {s.name.lower(): numbers[s] for s in Status if s != Status.USED and numbers[s]}
         logger.log_metrics(
@@ -75,7 +76,10 @@ class SkippedSamples(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting."""
-        self.counts = torch.tensor(state["counts"], dtype=torch.int64)
+        counts = torch.tensor(
+            state["counts"], dtype=torch.int64
+        )  # of a checkpoint that knew fewer reasons, perhaps
+        self.counts = torch.nn.functional.pad(counts, (0, len(Status) - len(counts)))
         self.truncated = int(state.get("truncated", 0))
 
 

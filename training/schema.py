@@ -38,7 +38,11 @@ class DatasetConfig:
 
 @dataclass
 class LoaderConfig:
-    """Samples -> device batches."""
+    """Samples -> device batches.
+
+    ``drop_last``: leave out what makes no whole global batch at an epoch's end; else its last batch is filled with
+    blank rows, and every sample is used once an epoch.
+    """
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     num_workers: int = 2
@@ -46,7 +50,7 @@ class LoaderConfig:
     persistent_workers: bool = True
     pin_memory: bool = False
     timeout: float = 300.0
-    drop_last: bool = True
+    drop_last: bool = False
     packing: bool = False
     turns: str = "meta"
     padding_side: str = "right"
@@ -60,7 +64,6 @@ class EvalLoaderConfig(LoaderConfig):
     label: str = "eval"
     batch_size: int = 32
     limit: int | None = None
-    drop_last: bool = False
 
 
 @dataclass

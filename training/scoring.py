@@ -115,7 +115,7 @@ def with_dataset(
     of which only some still hold the first do not find each other.
     """
     dist.barrier()
-    dataset = build_dataset(config, 1, seed, whole)
+    dataset = build_dataset(config, 1, seed, whole=whole)
     answer = work(dataset)
     del dataset
     gc.collect()

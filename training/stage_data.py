@@ -30,9 +30,9 @@ def device_batch_size(stage: Stage, loaded: Loaded) -> int:
 
 
 def build_dataset(
-    config: DatasetConfig, batch_size: int, seed: int, whole: bool = True
+    config: DatasetConfig, batch_size: int, seed: int, *, whole: bool = True, tail: str = "share"
 ) -> StreamingVLMDataset:
-    """The dataset of a loader; ``whole``: see there."""
+    """The dataset of a loader; ``whole`` and ``tail``: see there."""
     options = {k: v for k, v in to_plain(config).items() if v is not None}
     streams, remote = options.pop("streams", None), options.pop("remote", None)
     local, split = options.pop("local", None), options.pop("split", None)
@@ -44,7 +44,7 @@ def build_dataset(
     if streams and "shuffle_seed" in options and config.shuffle_seed is None:
         options["shuffle_seed"] = seed
     return StreamingVLMDataset(
-        streams=streams, remote=remote, local=local, batch_size=batch_size, whole=whole, **options
+        streams=streams, remote=remote, local=local, batch_size=batch_size, whole=whole, tail=tail, **options
     )
 
 
@@ -76,7 +76,8 @@ def build_train_spec(
     loader = stage.config.train_loader
     batch = device_batch_size(stage, loaded)
     try:
-        dataset = build_dataset(loader.dataset, batch, loaded.run.seed)
+        tail = "drop" if loader.drop_last else "fill"
+        dataset = build_dataset(loader.dataset, batch, loaded.run.seed, tail=tail)
     except UserError as error:
         key = ("train_loader", "dataset", *(["remote"] if loader.dataset.remote else []))
         raise UserError(f"{stage.where(loaded, *key)}: {str(error).removeprefix('dataset: ')}") from error
@@ -99,7 +100,8 @@ def build_evaluators(loaded: Loaded, stage: Stage, model: VisionLanguageModel) -
     """``eval_loaders`` as Composer evaluators."""
     evaluators = []
     for config in stage.config.eval_loaders:
-        dataset = build_dataset(config.dataset, config.batch_size, loaded.run.seed)
+        tail = "drop" if config.drop_last else "share"
+        dataset = build_dataset(config.dataset, config.batch_size, loaded.run.seed, tail=tail)
         data = build_loader(
             build_collator(model, stage, config), dataset, config.batch_size,
             num_workers=config.num_workers, prefetch_factor=config.prefetch_factor,

@@ -226,8 +226,8 @@ def test_a_head_without_a_gradient_stops_the_run_before_its_checkpoint_cannot_be
 
 def test_a_loader_without_one_batch_is_refused_where_composer_would_loop_for_ever() -> None:
     with pytest.raises(UserError, match="3 samples a rank make no batch of 4"):
-        build_loader(None, [0, 1, 2], 4, num_workers=0)  # type: ignore[arg-type]
-    assert len(build_loader(list, [0, 1, 2], 4, num_workers=0, drop_last=False)) == 1  # type: ignore[arg-type]
+        build_loader(None, [0, 1, 2], 4, num_workers=0, drop_last=True)  # type: ignore[arg-type]
+    assert len(build_loader(list, [0, 1, 2], 4, num_workers=0)) == 1  # type: ignore[arg-type]
 
 
 def test_a_run_that_ended_between_its_last_checkpoint_and_its_model_goes_on_from_there(
