@@ -19,6 +19,8 @@ BENCHMARKS = {
     "packing": [],
     "l2t_cost": [],
     "ross_cost": [],
+    "jarvis_masks": [],
+    "jarvis_cost": [],
 }
 
 
