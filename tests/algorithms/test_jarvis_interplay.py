@@ -124,10 +124,10 @@ def test_a_whole_training_is_cut_into_micro_batches_without_a_change(text_loss: 
 @pytest.mark.world
 @pytest.mark.parametrize(
     ("parallel", "family", "arguments"),
-    [("ddp", "llava", {"text_loss": "masked"}), ("fsdp2", "llava", {"text_loss": "masked", "train": "proj+early"}),
+    [("ddp", "llava", {"text_loss": "masked"}), pytest.param("fsdp2", "llava", {"text_loss": "masked", "train": "proj+early"}, marks=pytest.mark.slow),
      ("ddp", "llava", {"text_loss": "unmasked", "train": "proj"}), ("fsdp2", "llava", {"text_loss": "unmasked", "train": "proj"}),
-     ("fsdp2", "llava_next", {"text_loss": "unmasked"}), ("ddp", "llava_next", {"text_loss": "unmasked"}),
-     ("fsdp2", "qwen2_5_vl", {"text_loss": "masked", "ntp_probability": 0.5}), ("fsdp2", "llava", {"masks": "none"}),
+     ("fsdp2", "llava_next", {"text_loss": "unmasked"}), pytest.param("ddp", "llava_next", {"text_loss": "unmasked"}, marks=pytest.mark.slow),
+     ("fsdp2", "qwen2_5_vl", {"text_loss": "masked", "ntp_probability": 0.5}), pytest.param("fsdp2", "llava", {"masks": "none"}, marks=pytest.mark.slow),
      ("fsdp2", "qwen2_5_vl", {"text_loss": "unmasked", "see_pretext": True, "weighting": "block"}),
      ("fsdp2", "llava", {"ntp_scope": "step", "ntp_probability": 0.5, "text_loss": "unmasked", "masks": {"preset": "parity", "ctx_truncate": "none"}})],
 )  # fmt: skip

@@ -140,7 +140,7 @@ def test_text_loss_follows_the_template() -> None:
             assert not none.branch
 
 
-@pytest.mark.parametrize("how", [["--sidecar"], []], ids=["sidecar", "copy"])
+@pytest.mark.parametrize("how", [["--sidecar"], pytest.param([], marks=pytest.mark.slow)], ids=["sidecar", "copy"])  # fmt: skip
 def test_stored_features_give_the_losses_of_computed_ones(
     tmp_path: Path, scenes: str, trained: RunFolder, how: list[str]
 ) -> None:
