@@ -156,6 +156,8 @@ class StreamingVLMDataset(StreamingDataset):
         try:
             yield from super().__iter__()
             finished = True
+        except Exception as error:  # it was there when the epoch began, and a sample of it was wanted
+            raise RuntimeError(f"a shard could not be read: {first_line(error)}") from error
         finally:
             if not finished and hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()

@@ -111,12 +111,15 @@ def test_a_copy_has_the_rows_and_a_sidecar_the_numbering_of_the_source(tmp_path:
     written = sum(p.stat().st_size for p in (tmp_path / "copy").glob("*.mds"))
     promised = float(said.split(" kB to write")[0].split()[-1]) * 1000
     assert abs(promised - written) < 0.1 * written
-    copy, side = open_(str(tmp_path / "copy")), open_(str(tmp_path / "side"), patch_targets="ignore")
+    copy = open_(str(tmp_path / "copy"))
+    side = json.loads((tmp_path / "side/index.json").read_text())["shards"]  # no dataset by itself
     assert (
         [len(s) for s in copy.shards]
-        == [len(s) for s in side.shards]
+        == [s["samples"] for s in side]
         == [len(s) for s in open_(source).shards]
     )
+    with pytest.raises(UserError, match="column 'conversations' is not there"):
+        open_(str(tmp_path / "side"), patch_targets="ignore")
     assert len(copy.shards) > 3
     assert [{k: s[k] for k in COLUMNS} for s in copy] == SAMPLES
     joined = open_(source, patch_targets=str(tmp_path / "side"))
