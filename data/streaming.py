@@ -156,6 +156,8 @@ class StreamingVLMDataset(StreamingDataset):
         try:
             yield from super().__iter__()
             finished = True
+        except UserError:  # what a sample of it holds is refused, and says so
+            raise
         except Exception as error:  # it was there when the epoch began, and a sample of it was wanted
             raise RuntimeError(f"a shard could not be read: {first_line(error)}") from error
         finally:
