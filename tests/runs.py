@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +67,23 @@ def losses(folder: Path) -> list[float]:
     return [
         line["loss/train/lm"] for line in read_metrics(folder / "metrics.jsonl") if "loss/train/lm" in line
     ]
+
+
+def killed(config: str, folder: Path, lines: int) -> None:
+    """Start a run and kill it (SIGKILL, workers too) when it has logged so many steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opsin.training.cli", "train", config],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = folder / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 240
+        while not metrics.is_file() or len(metrics.read_text().splitlines()) < lines:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsin.algorithms.jarvis import JARVIS
 from opsin.data.batch import CUT
@@ -16,26 +15,11 @@ from opsin.models import attention
 from opsin.models.layout import patch_index
 from opsin.models.step import Step
 
+from masks import Recorder
+
 SIDE, GAP = 8, 4
 PATCHES = SIDE * SIDE
 LENGTH = 3 * (PATCHES + GAP) + 20
-
-
-class Recorder(TorchDispatchMode):
-    """Remembers operations, and the largest tensor that one of them made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.operations = 0, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for made in out if isinstance(out, (tuple, list)) else (out,):
-            if torch.is_tensor(made):  # a view with stride 0 has elements, but no memory
-                shape = [n for n, stride in zip(made.shape, made.stride(), strict=True) if stride]
-                self.largest = max(self.largest, torch.Size(shape).numel())
-        self.operations.append(str(func))
-        return out
 
 
 def device_batch(rows: int, images: int, length: int = LENGTH) -> dict[str, Any]:

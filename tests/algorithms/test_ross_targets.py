@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CLIPImageProcessor,
-    Dinov2Config,
-    Dinov2Model,
-)
 
 from opsin.algorithms.ross.targets import Target, make_target
 from opsin.algorithms.ross.targets.autoencoder import WEIGHTS
 from opsin.data.scenes import SceneConfig, scene
 from opsin.models.errors import UserError
 from opsin.models.targets.base import fold, unfold
+
+from frozen import dino, encoded, pictures
 
 SMALL_BLOCKS = {
     "block_out_channels": [8, 8, 8, 8],
@@ -38,24 +35,6 @@ VQ = {
     "up_block_types": ["UpDecoderBlock2D"] * 3, "norm_num_groups": 4, "latent_channels": 3,
     "num_vq_embeddings": 32, "vq_embed_dim": 3,
 }  # fmt: skip
-VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
-
-
-def pictures(count: int, rows: int, columns: int, cell: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, 3, rows * cell, columns * cell, generator=torch.Generator().manual_seed(seed))
-
-
-def encoded(target: Target, shown: torch.Tensor) -> torch.Tensor:
-    """Of pictures whose size is that of their grid already."""
-    return target.encode(shown, (shown.shape[2] // target.cell, shown.shape[3] // target.cell))
-
-
-def dino(folder: Path, processor: bool = True, **more: int) -> str:
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**{**VIT, "image_size": 32, "mlp_ratio": 2, **more})).save_pretrained(folder)
-    if processor:
-        CLIPImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(folder)
-    return str(folder)
 
 
 # VAE -----------------------------------------------------------------------------------------------------

@@ -6,27 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsin.models.attention import Visibility, block_mask, dense
 
-
-class Recorder(TorchDispatchMode):
-    """Counts operations and remembers the largest tensor that one of them made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.operations = 0, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for made in out if isinstance(out, (tuple, list)) else (out,):
-            if torch.is_tensor(made):
-                # A view with stride 0 has elements, but no memory.
-                shape = [n for n, stride in zip(made.shape, made.stride(), strict=True) if stride]
-                self.largest = max(self.largest, torch.Size(shape).numel())
-        self.operations.append(str(func))
-        return out
+from masks import Recorder
 
 
 def layout(batch: int, length: int, images: int = 1, blocks: int = 4, documents: int = 1) -> Visibility:

@@ -12,11 +12,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessor,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
-    Dinov2Config,
     Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,11 +23,11 @@ from transformers import (
 )
 
 from opsin.models.errors import UserError
-from opsin.models.targets import Target
 from opsin.models.targets import make_target as make_of
 from opsin.models.targets.features import ReaderTarget, to_grid
 
-VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+from frozen import VIT, dino, encoded, pictures
+
 KINDS = {"features": "opsin.models.targets.features:FeatureTarget"}
 WHERE = "algorithms.method.target"
 GREY: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -37,23 +35,6 @@ GREY: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 def make_target(spec: Any) -> Any:
     return make_of(spec, KINDS, WHERE)
-
-
-def pictures(count: int, rows: int, columns: int, cell: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, 3, rows * cell, columns * cell, generator=torch.Generator().manual_seed(seed))
-
-
-def encoded(target: Target, shown: torch.Tensor) -> torch.Tensor:
-    """Of pictures whose size is that of their grid already."""
-    return target.encode(shown, (shown.shape[2] // target.cell, shown.shape[3] // target.cell))
-
-
-def dino(folder: Path, processor: bool = True, **more: int) -> str:
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**{**VIT, "image_size": 32, "mlp_ratio": 2, **more})).save_pretrained(folder)
-    if processor:
-        CLIPImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(folder)
-    return str(folder)
 
 
 def test_features_of_a_patch_follow_the_patch(tmp_path: Path) -> None:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +27,12 @@ def changes(name: str, workers: int = 0, **more: Any) -> dict[str, Any]:
     return {"run_name": name, "max_duration": "2ep", "train_loader": {"num_workers": workers}, **more}
 
 
-def killed(config: str, folder: Path, lines: int) -> None:
-    """Start a run and kill it (SIGKILL, workers too) when it has logged so many steps."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "opsin.training.cli", "train", config],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    metrics = folder / "metrics.jsonl"
-    try:
-        deadline = time.monotonic() + 240
-        while not metrics.is_file() or len(metrics.read_text().splitlines()) < lines:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
 def test_a_run_uses_each_sample_once_an_epoch_and_resumes_with_other_workers(
     tmp_path: Path, odd: str
 ) -> None:
     whole = train(runs.loaded(tmp_path, odd, **changes("whole", save_interval="2ba")))
     config = runs.config_file(tmp_path, odd, "killed.yaml", **changes("killed", 2, save_interval="2ba"))
-    killed(config, tmp_path / "runs" / "killed", 9)  # in the second epoch
+    runs.killed(config, tmp_path / "runs" / "killed", 9)  # in the second epoch
     resumed = train(load([config], ["train_loader.num_workers=1"]))
     assert [line["step"] for line in read_metrics(resumed.metrics)] == list(range(1, 13))
     assert runs.losses(resumed.path) == runs.losses(whole.path)
@@ -71,7 +46,7 @@ def test_a_run_killed_between_epochs_goes_on_with_the_next(tmp_path: Path, odd: 
     options = {"save_interval": "1ep"}
     whole = train(runs.loaded(tmp_path, odd, **changes("whole", **options)))
     config = runs.config_file(tmp_path, odd, "killed.yaml", **changes("killed", **options))
-    killed(config, tmp_path / "runs" / "killed", 8)
+    runs.killed(config, tmp_path / "runs" / "killed", 8)
     resumed = train(load([config]))
     assert runs.losses(resumed.path) == runs.losses(whole.path)
 
@@ -82,7 +57,7 @@ def test_a_run_killed_on_one_rank_goes_on_on_two(tmp_path: Path, odd: str, ranks
     options = {"save_interval": "2ba", "device_train_microbatch_size": 4}
     whole = train(runs.loaded(tmp_path, odd, **changes("whole", **options)))
     config = runs.config_file(tmp_path, odd, "killed.yaml", **changes("killed", **options))
-    killed(config, tmp_path / "runs" / "killed", 9)
+    runs.killed(config, tmp_path / "runs" / "killed", 9)
     ranks.run("jobs:run_yaml", files=[config], timeout=240)
     expected = runs.losses(whole.path)
     assert runs.losses(tmp_path / "runs" / "killed") == pytest.approx(expected, rel=1e-4)

@@ -13,6 +13,7 @@ from opsin.algorithms.jarvis import JARVIS
 from opsin.models.errors import UserError
 from opsin.models.export import HEADS
 from opsin.training.cli import app
+from opsin.training.config import load
 from opsin.training.metrics_file import read_metrics
 from opsin.training.run_folder import RunFolder
 from opsin.training.train import train
@@ -81,6 +82,22 @@ def test_a_killed_run_goes_on_with_the_same_masks_and_losses(
     as_if_killed(begun, 4, 2)
     again = run(tmp_path, scenes, **options)
     assert told(again) == whole and all(value is not None for line in whole for value in line)
+
+
+def test_a_run_that_is_really_killed_goes_on_with_the_same_masks_and_losses(
+    tmp_path: Path, scenes: str
+) -> None:
+    """SIGKILL in mid-epoch, workers and all, with masks of the branch."""
+    changes = {
+        "algorithms": jarvis(text_loss="unmasked"), "model": MODEL, "max_duration": "7ba", "save_interval": "2ba",
+        "train_loader": {"num_workers": 1},
+    }  # fmt: skip
+    whole = train(runs.loaded(tmp_path, scenes, "run_name=whole", **changes))
+    config = runs.config_file(tmp_path, scenes, "killed.yaml", **{**changes, "run_name": "killed"})
+    folder = tmp_path / "runs" / "killed"
+    runs.killed(config, folder, 5)
+    assert not (folder / "model").exists()
+    assert told(train(load([config]))) == told(whole)
 
 
 def test_controls_run_and_an_export_stays_bidirectional(tmp_path: Path, scenes: str, trained: RunFolder) -> None:  # fmt: skip

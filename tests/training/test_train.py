@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,21 +109,7 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, scenes: str) 
     config = runs.config_file(tmp_path, scenes, "killed.yaml", **{**changes, "run_name": "killed"})
     metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
     for steps in (6, 10):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "opsin.training.cli", "train", config],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + 200
-            while not metrics.is_file() or len(metrics.read_text().splitlines()) < steps:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+        runs.killed(config, metrics.parent, steps)
     resumed = train(load([config]))
     lines = read_metrics(resumed.metrics)
     assert [line["step"] for line in lines] == list(range(1, 15))
