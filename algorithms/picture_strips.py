@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,7 +23,7 @@ from .strip import strip
 Method = TypeVar("Method", bound=VisionAlgorithm)
 
 
-class PictureStrips(Callback, Generic[Method]):
+class PictureStrips(Callback, ABC, Generic[Method]):
     """Draw a strip of the same held-out pictures at intervals and at the end.
 
     Writes ``<folder>/ba<batch>.png`` and gives it to every logger of Composer's that takes images, as
@@ -91,6 +92,7 @@ class PictureStrips(Callback, Generic[Method]):
             UserError: this cannot be drawn.
         """
 
+    @abstractmethod
     def draw(
         self, model: VisionLanguageModel, algorithm: Method, batch: dict[str, Any]
     ) -> Mapping[str, Sequence[torch.Tensor]]:
@@ -99,7 +101,6 @@ class PictureStrips(Callback, Generic[Method]):
         Called on all ranks, which run the same modules, in evaluation mode, without gradients and inside the model's
         autocast.
         """
-        raise NotImplementedError
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Find the method, read and encode the pictures."""

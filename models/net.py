@@ -21,13 +21,19 @@ from .geometry import PER_IMAGE_KEYS, PIXEL_KEY
 from .step import FINAL, Branch, Step
 
 
-def nan_safe_zero(value: torch.Tensor) -> torch.Tensor:
-    """A scalar 0 that depends on ``value`` in the graph: gradients are zeros, even where ``value`` is NaN.
+def silenced(value: torch.Tensor) -> torch.Tensor:
+    """Zeros that depend on ``value`` in the graph: gradients are zeros, even where ``value`` is NaN.
 
-    ``0 * value`` would carry NaN. Used wherever a rank has nothing to do but must run the same modules.
+    ``0 * value`` would carry NaN. What a module is fed where it has nothing to do but must run all the same: fed
+    NaN, its weights' gradient would be 0 times that.
     """
     never = torch.zeros((), dtype=torch.bool, device=value.device)
-    return torch.where(never, value, torch.zeros((), dtype=value.dtype, device=value.device)).sum()
+    return torch.where(never, value, torch.zeros((), dtype=value.dtype, device=value.device))
+
+
+def nan_safe_zero(value: torch.Tensor) -> torch.Tensor:
+    """A scalar 0 that depends on ``value`` in the graph (:func:`silenced`), for a loss."""
+    return silenced(value).sum()
 
 
 def _implementation(module: Any) -> str:

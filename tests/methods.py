@@ -14,7 +14,7 @@ from opsin.algorithms.l2t import L2T
 from opsin.algorithms.ross import ROSS
 from opsin.data.batch import split_batch
 from opsin.data.collate import VLMCollator
-from opsin.models.net import nan_safe_zero
+from opsin.models.net import nan_safe_zero, silenced
 from opsin.models.normalise import declare, term
 from opsin.models.step import FINAL
 from opsin.models.vlm import VisionLanguageModel
@@ -69,7 +69,7 @@ class MeanColour(VisionAlgorithm):
         hidden, head = step.tapped[self.layer], model.net.auxiliary[self.name]
         positions = batch["patch_position"]
         if len(positions) == 0:
-            local = nan_safe_zero(head(hidden.flatten(0, 1)[:1]))
+            local = nan_safe_zero(head(silenced(hidden.flatten(0, 1)[:1])))
         else:
             pictures = [
                 p.unflatten(1, (g[0], -1)).unflatten(3, (g[1], -1))

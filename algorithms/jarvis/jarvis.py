@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from composer.core import State
@@ -14,12 +13,12 @@ from composer.utils import dist
 from torch import nn
 
 from ...data.batch import CUT
-from ...data.patch_targets import COLUMN, STORED
+from ...data.patch_targets import COLUMN
 from ...data.schema import stable_hash
 from ...models.anatomy import image_encoder_for
 from ...models.attention import Visibility
-from ...models.errors import UserError, nearest
-from ...models.net import nan_safe_zero
+from ...models.errors import UserError
+from ...models.net import nan_safe_zero, silenced
 from ...models.normalise import declare, term
 from ...models.randomness import keys, keys_of_views, uniform
 from ...models.step import Branch
@@ -27,27 +26,20 @@ from ...models.vlm import VisionLanguageModel
 from ..predicts import PredictsTarget
 from .cut import CODE, WEIGHT, cut
 from .functional import (
-    LOSSES,
-    WEIGHTINGS,
     attention_terms,
     on_tokens,
     prediction_losses,
     target_weights,
     weighted_sum,
 )
-from .heads import HEADS, JarvisHead
+from .heads import JarvisHead
+from .options import SEEN_WHOLE, check_options
 from .sampler import BLOCKS, MASKED, fits, mask_config, sample_masks
 from .targets import check_target, make_target
 
 _MASK, _COIN, _BATCH = 0, 1, 2
 """Streams of random numbers."""
 
-TRAIN = ("proj", "proj+early", "all")
-TEXT_LOSS = ("auto", "masked", "unmasked")
-_SEEN_WHOLE = (
-    "algorithms.jarvis.hide_unused: it hides patches from words, which see the whole image with text_loss: unmasked "
-    "(what auto is where there are questions); set text_loss: masked"
-)
 _TRIED = 512
 """Side in pixels of the picture by which the model's grid is looked at."""
 
@@ -113,54 +105,26 @@ class JARVIS(PredictsTarget):
         stored: str = "auto",
         log_interval: int = 10,
     ):
-        for key, value, good, hint in (
-            ("weight", weight, _number(weight) and weight >= 0, "0 (off) or more"),
-            (
-                "ntp_probability",
-                ntp_probability,
-                _number(ntp_probability) and 0 <= ntp_probability <= 1,
-                "0 to 1",
-            ),
-            ("lr", lr, lr is None or (_number(lr) and lr > 0), "a rate above 0, or null for the run's"),
-            (
-                "layer",
-                layer,
-                layer is None or (type(layer) is int and layer > 0),
-                "1 .. N, or null for N // 4",
-            ),
-            ("log_interval", log_interval, type(log_interval) is int and log_interval > 0, "1 or more"),
-        ):
-            if not good:
-                raise UserError(f"algorithms.jarvis.{key}: {value}: use {hint}")
-        for key, value, known in (
-            ("head", head, HEADS),
-            ("loss", loss, LOSSES),
-            ("weighting", weighting, WEIGHTINGS),
-            ("text_loss", text_loss, TEXT_LOSS),
-            ("train", train, TRAIN),
-            ("ntp_scope", ntp_scope, ("sample", "step")),
-            ("stored", stored, STORED),
-        ):
-            if value not in known:
-                raise UserError(f"algorithms.jarvis.{key} '{value}': unknown{nearest(str(value), known)}")
+        check_options(
+            {
+                "weight": weight, "head": head, "layer": layer, "loss": loss, "weighting": weighting,
+                "text_loss": text_loss, "train": train, "ntp_probability": ntp_probability, "ntp_scope": ntp_scope,
+                "lr": lr, "stored": stored, "log_interval": log_interval,
+            }
+        )  # fmt: skip
         self.masks = mask_config(masks)
         if self.masks is None and (hide_unused or see_pretext):
             key = "hide_unused" if hide_unused else "see_pretext"
             raise UserError(f"algorithms.jarvis.{key}: there is nothing to hide with masks: none")
         if text_loss == "unmasked" and hide_unused and not see_pretext:
-            raise UserError(_SEEN_WHOLE)
+            raise UserError(SEEN_WHOLE)
         self.target_spec: str | Mapping[str, Any] = "features" if target is None else target
         check_target(self.target_spec)
-        self.weight, self.head, self.layer, self.loss, self.weighting = (
-            float(weight),
-            head,
-            layer,
-            loss,
-            weighting,
-        )
-        self.text_loss, self.train, self.lr, self.stored = text_loss, train, lr, stored
+        self.weight, self.loss, self.weighting = float(weight), loss, weighting
+        self.head, self.layer, self.train, self.lr = head, layer, train, lr
+        self.text_loss, self.stored, self.log_interval = text_loss, stored, log_interval
         self.ntp_probability, self.ntp_scope = float(ntp_probability), ntp_scope
-        self.hide_unused, self.see_pretext, self.log_interval = hide_unused, see_pretext, int(log_interval)
+        self.hide_unused, self.see_pretext = hide_unused, see_pretext
         self.branch = text_loss == "unmasked" and self.masks is not None
         self.tap = layer or 0
         self._seed = 0
@@ -234,7 +198,7 @@ class JARVIS(PredictsTarget):
 
     def about(self, model: VisionLanguageModel) -> str:
         """Layer, head, masks, what is trained, target."""
-        head = model.net.auxiliary[self.name]
+        head = self._head(model)
         images = "bidirectional" if model.net.bidirectional_images else "causal (paper: bidirectional)"
         text = {"auto": "masked with template plain, else unmasked"}.get(self.text_loss, self.text_loss)
         return (
@@ -260,7 +224,7 @@ class JARVIS(PredictsTarget):
         unmasked = self.text_loss == "unmasked" or (self.text_loss == "auto" and not plain)
         self.branch = unmasked and self.masks is not None
         if self.branch and self.hide_unused and not self.see_pretext:
-            raise UserError(_SEEN_WHOLE)
+            raise UserError(SEEN_WHOLE)
         logger.log_hyperparameters({"jarvis/text_loss": "unmasked" if unmasked else "masked"})
 
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
@@ -312,6 +276,9 @@ class JARVIS(PredictsTarget):
         uid, visit = batch["document_uid"][row, document], batch["document_visit"][row, document]
         return uniform(keys(seed, _COIN, uid, visit)).squeeze(-1)
 
+    def _head(self, model: VisionLanguageModel) -> JarvisHead:
+        return cast(JarvisHead, model.net.auxiliary[self.name])
+
     def before_forward(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Say what the pass is to hide, who sees whom, and which output is wanted."""
         self.ask(model, state.batch)
@@ -322,9 +289,10 @@ class JARVIS(PredictsTarget):
         if self.masks is None:
             step.taps.add(self.tap)
             return
-        latent = model.net.auxiliary[self.name].latent
+        latent = self._head(model).latent
+        assert latent is not None  # there are masks
         if self.branch:
-            step.branches[self.name] = self._branch(model, batch, latent)  # type: ignore[arg-type]
+            step.branches[self.name] = self._branch(model, batch, latent)
             return
         shape = batch["input_ids"].shape
         code = on_tokens(batch[CODE], batch["patch_position"], shape, 0)
@@ -337,7 +305,7 @@ class JARVIS(PredictsTarget):
                 attention_terms(code, scope, hide_unused=self.hide_unused, preceding=preceding)
             )
             step.hide(hidden)
-        step.edits[self.name] = lambda embeddings: latent(embeddings, hidden)  # type: ignore[operator,misc]
+        step.edits[self.name] = lambda embeddings: latent(embeddings, hidden)
         step.taps.add(self.tap)
 
     def _branch(self, model: VisionLanguageModel, batch: dict[str, Any], latent: nn.Module) -> Branch:
@@ -373,14 +341,14 @@ class JARVIS(PredictsTarget):
 
     def predictions(self, model: VisionLanguageModel, batch: dict[str, Any]) -> torch.Tensor:
         """Predicted features at the targets of a micro-batch after its forward pass: (n, C); one row where there are none."""
-        step, head = model.step(batch), model.net.auxiliary[self.name]
+        step, head = model.step(batch), self._head(model)
         if self.branch:
             states, at = step.branched[self.name].flatten(0, 1), batch["jarvis/branch_at"]
         else:
             states, at = step.tapped[self.tap].flatten(0, 1), batch["patch_position"][batch["jarvis/targets"]]
         if not batch["jarvis/views"]:
-            return head.predict(states[:1])  # type: ignore[operator]
-        return head.predict(states[at])  # type: ignore[operator]
+            return head.predict(silenced(states[:1]))
+        return head.predict(states[at])
 
     def targets(self, model: VisionLanguageModel, batch: dict[str, Any]) -> torch.Tensor:
         """Features at the targets, (n, C) float32: stored with the data, or computed now for views with targets."""
@@ -416,7 +384,3 @@ class JARVIS(PredictsTarget):
             mean = total / count
             logged.update({"jarvis/cosine": -mean} if self.loss == "cosine" else {"jarvis/smooth_l1": mean})
         logger.log_metrics(logged)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -15,7 +15,7 @@ from torch import nn
 from ...data.patch_targets import COLUMN, STORED
 from ...data.schema import stable_hash
 from ...models.errors import UserError, nearest
-from ...models.net import nan_safe_zero
+from ...models.net import nan_safe_zero, silenced
 from ...models.normalise import declare, term
 from ...models.randomness import keys_of_views
 from ...models.step import FINAL
@@ -296,7 +296,7 @@ class ROSS(PredictsTarget):
         views = Views.of([(1, 1)], hidden.device)
         noisy = torch.zeros(1, 1, self.built_target.dim, device=hidden.device)
         time = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-        return nan_safe_zero(head(hidden.flatten(0, 1)[:1], views, noisy, time))
+        return nan_safe_zero(head(silenced(hidden.flatten(0, 1)[:1]), views, noisy, time))
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
