@@ -11,7 +11,8 @@ for ever. :class:`SafeStream` and :class:`StreamingVLMDataset` close them:
   fetched once more.
 
 And it repeats samples where ranks do not divide an epoch -> ``data/partition.py`` deals each exactly once; a
-checkpoint made between two epochs begins the finished one again -> :meth:`StreamingVLMDataset.state_dict`.
+checkpoint made between two epochs begins the finished one again -> :meth:`StreamingVLMDataset.state_dict`. Weights of
+streams that change while training -> ``data/mixture.py``.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.shuffle import algos
+from streaming.base.util import number_abbrev_to_int
 from torch.utils.data import get_worker_info
 
 from ..models.errors import UserError, nearest
 from .dataset_check import check_streams, together
 from .messages import first_line
+from .mixture import SCHEDULED, Mixture, refuse_large, shared_state, split_places
+from .mixture_spec import check_weights, make_mixture
 from .partition import EXACT, FILLER, TAILS, places_a_rank
 from .patch_targets import COLUMN, PatchTargetsInfo
 from .remote import read_description, read_sentence_counts
@@ -46,6 +50,24 @@ def filler(visit: int) -> dict[str, Any]:
     """What stands in a batch where an epoch has no sample left: all columns, and nothing in them."""
     sample = {"id": "", "conversations": [], "images": pack_images([]), "meta": {}, "stream": ""}
     return {**sample, "uid": 0, "visit": visit, "filler": True}
+
+
+def refuse_other_weights(streams: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    """Refuse what a mixture takes the place of.
+
+    Raises:
+        UserError: weights of streams, or a batching method.
+    """
+    for name, stream in streams.items():
+        for key in ("proportion", "repeat", "choose"):
+            if stream.get(key) is not None:
+                raise UserError(
+                    f"dataset.streams.{name}.{key}: weights stand in dataset.mixture; give them in one place"
+                )
+    if options.get("batching_method", "random") != "random":
+        raise UserError(
+            f"dataset: batching_method '{options['batching_method']}' and a mixture exclude each other"
+        )
 
 
 class StreamingVLMDataset(StreamingDataset):
@@ -70,6 +92,9 @@ class StreamingVLMDataset(StreamingDataset):
         whole: all of it will be read in time: refuse a disk that cannot hold it.
         tail: what becomes of the samples at an epoch's end that make no whole global batch:
             ``data.partition.TAILS``.
+        mixture: which share of each batch comes from which stream, and when that changes: see
+            ``data.mixture_spec.make_mixture``. An epoch has ``epoch_size`` samples then, whole global batches; default:
+            as many as all streams together hold.
         kwargs: further arguments of ``streaming.StreamingDataset``.
 
     Raises:
@@ -88,6 +113,7 @@ class StreamingVLMDataset(StreamingDataset):
         patch_targets: str | None = None,
         whole: bool = True,
         tail: str = "share",
+        mixture: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         if tail not in TAILS:
@@ -104,6 +130,9 @@ class StreamingVLMDataset(StreamingDataset):
         algorithm = kwargs.get("shuffle_algo")
         if algorithm is not None and algorithm not in algos:  # Streaming looks when an epoch starts
             raise UserError(f"dataset: shuffle_algo '{algorithm}': unknown{nearest(str(algorithm), algos)}")
+        size = kwargs.pop("epoch_size", None) if mixture is not None else None
+        if mixture is not None:
+            refuse_other_weights(named, kwargs)
         self.stream_names = list(named)
         self._opened = together(
             lambda: [open_stream(name, options, validate_hash) for name, options in named.items()]
@@ -114,16 +143,21 @@ class StreamingVLMDataset(StreamingDataset):
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"dataset: {addresses(named)}: {first_line(error)}") from error
         self.tail = tail
+        self.mixture: Mixture | None = None
         self.samples_a_rank = self.length  # before it is filled up or cut
-        if self.batching_method == "random":
+        if self.batching_method == "random" and mixture is None:
             self.batching_method = EXACT
             ranks = self._parallel_rank_world.num_ranks
             self.length = places_a_rank(self.epoch_size, ranks, batch_size, tail)
         self._epoch_now = 0
+        self._visit_now: int | None = None
+        self._visits = np.empty(0, np.int64)
         self._fillers = 0
         self._failure: BaseException | None = None
         self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
         try:
+            if mixture is not None:
+                self._mix(mixture, size)
             self.patch_targets_info = together(lambda: self._check_and_describe(whole))
         except BaseException:
             self.__del__()  # whoever holds the error holds this, too, and the cache must be free for another try
@@ -139,7 +173,7 @@ class StreamingVLMDataset(StreamingDataset):
         if self._without[stream]:
             sample.pop(COLUMN, None)
         sample["uid"] = stable_hash("sample", name, sample["id"])
-        sample["visit"] = self._epoch_now
+        sample["visit"] = self._epoch_now if self._visit_now is None else self._visit_now
         sample["stream"] = name
         return sample
 
@@ -161,6 +195,7 @@ class StreamingVLMDataset(StreamingDataset):
         except Exception as error:  # it was there when the epoch began, and a sample of it was wanted
             raise RuntimeError(f"a shard could not be read: {first_line(error)}") from error
         finally:
+            self._visit_now = None
             if not finished and hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()
         if self._failure is not None or self._event.is_set():
@@ -192,6 +227,8 @@ class StreamingVLMDataset(StreamingDataset):
                 time.sleep(TICK)
                 continue
             if sample_id != -1:
+                if self.mixture is not None:
+                    self._visit_now = int(self._visits[it.yield_index])
                 yield sample_id
             it.yield_index += 1
         it.on_exit()
@@ -242,6 +279,8 @@ class StreamingVLMDataset(StreamingDataset):
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """This worker's sample ids. Its fillers, which come last, are counted and taken out (upstream skips -1)."""
         ids = super()._get_work(epoch, sample_in_epoch)
+        if self.mixture is not None:
+            ids, self._visits = split_places(ids)
         fillers = ids == FILLER
         self._fillers = int(fillers.sum())
         ids[fillers] = -1
@@ -260,7 +299,8 @@ class StreamingVLMDataset(StreamingDataset):
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
             state["epoch"] = max(state["epoch"], self.next_epoch)
-        return {**state, "epoch_size": self.epoch_size}
+        mixed = {} if self.mixture is None else {"mixture": self.mixture.state()}
+        return {**state, "epoch_size": self.epoch_size, **mixed}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on from there.
@@ -274,7 +314,61 @@ class StreamingVLMDataset(StreamingDataset):
                 f"dataset: the checkpoint stands {obj['sample_in_epoch']} samples into an epoch of {before}, and the data "
                 f"now has {self.epoch_size}: bring the data back, or start a new run from its weights (init_from)"
             )
+        saved = obj.get("mixture")
+        if (saved or {}).get("identity") != (self.mixture and self.mixture.identity) and (
+            saved or obj["epoch"] or obj["sample_in_epoch"]
+        ):
+            raise UserError(
+                "dataset: the checkpoint was made with another mixture (its streams, phases or global_train_batch_size "
+                "differ), so what comes next is not known: bring it back, or start a new run from its weights (init_from)"
+            )
+        if self.mixture is not None and saved:
+            self.mixture.load(saved)
         super().load_state_dict(obj)
+
+    def set_mixture(self, weights: Mapping[str, float]) -> None:
+        """Other weights from the next epoch on; call it alike on all ranks, between two epochs.
+
+        The change is part of :meth:`state_dict`, and reaches persistent workers.
+
+        Args:
+            weights: of the streams by name; those that are not named get 0.
+
+        Raises:
+            UserError: the dataset has no mixture, or the weights make none.
+        """
+        if self.mixture is None:
+            raise UserError("dataset: it has no mixture that could be changed; give it one (dataset.mixture)")
+        weights = check_weights(weights, self.stream_names, "mixture")
+        state = self.state_dict(0, True)  # before the change: it takes over what workers were told last
+        epoch = max(state["epoch"], self.next_epoch)
+        self.mixture.change(weights, epoch * self.epoch_size // self.mixture.global_batch)
+        state.update(epoch=epoch, sample_in_epoch=0, mixture=self.mixture.state())
+        refuse_large(state)
+        super().load_state_dict(state)
+
+    def _mix(self, spec: Mapping[str, Any], epoch_size: int | str | None) -> None:
+        """Let the streams be mixed by a schedule."""
+        ranks = self._parallel_rank_world.num_ranks
+        batch = int(self.batch_size or 0) * ranks
+        total = int(self.samples_per_stream.sum())
+        size = number_abbrev_to_int(epoch_size) if epoch_size else max(total // batch, 1) * batch
+        if size < batch or size % batch:
+            raise UserError(
+                f"dataset: epoch_size {epoch_size}: a mixture needs whole global batches of {batch}; use "
+                f"{max(round(size / batch), 1) * batch}"
+            )
+        for name, held in zip(self.stream_names, self.samples_per_stream, strict=True):
+            if not held:
+                raise UserError(f"dataset.streams.{name}: it has no samples to mix; leave it out")
+        self.mixture = make_mixture(spec, self.stream_names, batch, size)
+        self.batching_method, self.epoch_size = SCHEDULED, size
+        self.length = self.samples_a_rank = size // ranks
+
+    def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
+        if self.mixture is not None:
+            self.mixture.load(shared_state(self._shm_prefix_int) or {})
+        return super()._resume(world, epoch)
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
         epoch, sample = super()._resume_incr_epoch()

@@ -258,7 +258,7 @@ def job_of_dataset(remote: str) -> tuple[str, str]:
 
 
 def served(
-    remote: str, batch_size: int, workers: int, epochs: int, options: dict[str, Any]
+    batch_size: int, workers: int, epochs: int, options: dict[str, Any], remote: str | None = None
 ) -> list[list[list[str]]]:
     """Ids of the device batches that this rank gets, epoch by epoch."""
     import multiprocessing

@@ -157,7 +157,13 @@ def _data(loaded: Loaded, stage: Stage, model: Any) -> str:
     prepared = {s.get("out") for kind in ("scenes", "easy_vqa") for s in getattr(loaded.run.prepare, kind)}
     dataset_config = config.train_loader.dataset
     try:
-        dataset = build_dataset(dataset_config, 1, loaded.run.seed, whole=False)
+        dataset = build_dataset(
+            dataset_config,
+            config.global_train_batch_size,
+            loaded.run.seed,
+            whole=False,
+            duration=config.max_duration,
+        )
     except UserError as error:
         if dataset_config.remote in prepared:
             return f"data: {dataset_config.remote} is not there yet; the run will make it (prepare)"
@@ -168,7 +174,7 @@ def _data(loaded: Loaded, stage: Stage, model: Any) -> str:
     batch = collator(first_samples(dataset, 8))
     used = max(1, int((batch["sample_status"] == 0).sum()))
     tokens = int(batch["attention_mask"].sum()) / used
-    steps = dataset.num_samples // config.global_train_batch_size
+    steps = dataset.samples_a_rank // config.global_train_batch_size
     return (
         f"data: {dataset.num_samples:,} samples, about {tokens:.0f} tokens each, "
         f"{tokens * config.global_train_batch_size:,.0f} tokens a step, {steps:,} steps an epoch, "

@@ -33,6 +33,7 @@ class DatasetConfig:
     download_timeout: float = 60.0
     validate_hash: str | None = "auto"
     epoch_size: str | None = None
+    mixture: Spec | None = None
     patch_targets: str | None = None
 
 

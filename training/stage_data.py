@@ -30,10 +30,24 @@ def device_batch_size(stage: Stage, loaded: Loaded) -> int:
 
 
 def build_dataset(
-    config: DatasetConfig, batch_size: int, seed: int, *, whole: bool = True, tail: str = "share"
+    config: DatasetConfig,
+    batch_size: int,
+    seed: int,
+    *,
+    whole: bool = True,
+    tail: str = "share",
+    duration: str | None = None,
 ) -> StreamingVLMDataset:
-    """The dataset of a loader; ``whole`` and ``tail``: see there."""
+    """The dataset of a loader; ``whole`` and ``tail``: see there.
+
+    ``duration``: of the training that it is for, whose mixture it gets; else its streams are read as they are.
+    """
     options = {k: v for k, v in to_plain(config).items() if v is not None}
+    mixture = options.pop("mixture", None)
+    if mixture is not None and duration is not None:
+        if not options.get("streams"):
+            raise UserError("dataset.mixture: there is nothing to mix; name streams (dataset.streams)")
+        options["mixture"] = {"duration": duration, **mixture}
     streams, remote = options.pop("streams", None), options.pop("remote", None)
     local, split = options.pop("local", None), options.pop("split", None)
     for name in ("download_retry", "download_timeout"):
@@ -77,7 +91,9 @@ def build_train_spec(
     batch = device_batch_size(stage, loaded)
     try:
         tail = "drop" if loader.drop_last else "fill"
-        dataset = build_dataset(loader.dataset, batch, loaded.run.seed, tail=tail)
+        dataset = build_dataset(
+            loader.dataset, batch, loaded.run.seed, tail=tail, duration=stage.config.max_duration
+        )
     except UserError as error:
         key = ("train_loader", "dataset", *(["remote"] if loader.dataset.remote else []))
         raise UserError(f"{stage.where(loaded, *key)}: {str(error).removeprefix('dataset: ')}") from error
@@ -99,7 +115,12 @@ def build_train_spec(
 def build_evaluators(loaded: Loaded, stage: Stage, model: VisionLanguageModel) -> list[Evaluator]:
     """``eval_loaders`` as Composer evaluators."""
     evaluators = []
-    for config in stage.config.eval_loaders:
+    for i, config in enumerate(stage.config.eval_loaders):
+        if config.dataset.mixture is not None:
+            raise UserError(
+                f"{stage.where(loaded, 'eval_loaders')}: eval_loaders.{i}.dataset.mixture: every sample is read once "
+                "there; leave it out"
+            )
         tail = "drop" if config.drop_last else "share"
         dataset = build_dataset(config.dataset, config.batch_size, loaded.run.seed, tail=tail)
         data = build_loader(

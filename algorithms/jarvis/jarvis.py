@@ -32,7 +32,7 @@ from .functional import (
     target_weights,
     weighted_sum,
 )
-from .heads import JarvisHead
+from .heads import JarvisHead, LatentToken
 from .options import SEEN_WHOLE, check_options
 from .sampler import BLOCKS, MASKED, fits, mask_config, sample_masks
 from .targets import check_target, make_target
@@ -289,8 +289,7 @@ class JARVIS(PredictsTarget):
         if self.masks is None:
             step.taps.add(self.tap)
             return
-        latent = self._head(model).latent
-        assert latent is not None  # there are masks
+        latent = cast(LatentToken, self._head(model).latent)  # None only without masks
         if self.branch:
             step.branches[self.name] = self._branch(model, batch, latent)
             return
