@@ -142,6 +142,9 @@ class StreamingVLMDataset(StreamingDataset):
             super().__init__(streams=self._opened, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"dataset: {addresses(named)}: {first_line(error)}") from error
+        for shard in self.shards if self.cache_limit else ():
+            for part in getattr(shard, "parts", (shard,)):
+                part.stays_open = False
         self.tail = tail
         self.mixture: Mixture | None = None
         self.samples_a_rank = self.length  # before it is filled up or cut
@@ -205,6 +208,11 @@ class StreamingVLMDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; if that fails, other workers may try instead of waiting for ever."""
+        # Asked for every sample; upstream takes the file lock of all processes each time. Nothing is lost by a look
+        # without it: whoever finds the file evicted meanwhile fetches it again, as upstream does.
+        if self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._shard_access_times[shard_id] = time.time_ns()
+            return
         try:
             super().prepare_shard(shard_id, blocking)
         except BaseException:

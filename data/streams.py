@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from streaming import Stream
+from streaming.base.format.mds.reader import MDSReader
 
 from ..models.errors import UserError, nearest
 from .joined import join, prepare_joined, set_up_joined
 from .messages import shown
 from .patch_targets import COLUMN, PatchTargetsInfo
+from .reader import OpenReader
 from .remote import cached, read_description, shard_hash
 from .sentences import dataset_hash
 
@@ -40,7 +42,10 @@ class SafeStream(Stream):
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
         """Shards of the samples, joined with those of their targets."""
-        shards = super().get_shards(world, allow_unsafe_types)
+        shards = [
+            OpenReader.of(shard) if type(shard) is MDSReader else shard
+            for shard in super().get_shards(world, allow_unsafe_types)
+        ]
         if self.remote is None:
             for shard in shards:
                 shard.evict = _keep
