@@ -1,76 +1,299 @@
-"""Writing samples as MDS shards: one way, for generated and for converted data."""
+"""Samples as MDS shards, in a folder or in object storage: the one way in which Opsin writes a dataset.
+
+Samples are made by several processes and written by this one, in order, so that the shards depend neither on the
+number of processes nor on how often they were killed. While a shard is uploaded the next one is made.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..models.errors import UserError
+from .messages import first_line
 from .schema import COLUMNS, HASHES, unpack_images
-from .sentences import SentenceCounts
+from .sentences import SIDECAR, SentenceCounts, dataset_hash
+from .source import BadSample, Record, Source, generate
+from .unfinished import Unfinished
+
+AT_ONCE = 2
+"""Most finished shards on this machine's disk while a remote dataset is written."""
+
+SKIPPED = "skipped.jsonl"
+"""File beside ``index.json`` that names the samples that were left out, and why."""
+
+_LARGEST = 2**32 - 1  # offsets inside a shard are uint32
 
 
-def refuse_local(folder: Path) -> None:
-    """Refuse to write where something is already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: not an empty folder; choose another one, or remove it")
+class ShardWriter(Unfinished):
+    """Writes whole shards of one dataset; each one is uploaded and noted while the next one is made.
 
-
-def refuse_remote(out: str, local: str) -> Any:
-    """Uploader from ``local`` to ``out``, after a look whether something is there already."""
-    from streaming.base.storage.upload import CloudUploader
-
-    try:
-        uploader = CloudUploader.get((local, out), keep_local=True)
-        there = uploader.list_objects()
-    except NotImplementedError:  # some stores cannot list; then what is there is overwritten file by file
-        return uploader
-    except Exception as error:  # every store has its own errors
-        raise UserError(
-            f"{out}: cannot be reached ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-    if there:
-        raise UserError(f"{out}: not empty ({there[0]} ...); choose another folder, or remove it")
-    return uploader
-
-
-def write_shards(
-    out: str,
-    records: Iterator[dict[str, Any]],
-    size_limit: int,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[SentenceCounts, bytes]:
-    """Write records as MDS shards and count their instruction sentences on the way.
-
-    Args:
-        out: an empty or new folder, or a remote one.
-        records: one value for each of :data:`~opsin.data.schema.COLUMNS`.
-        size_limit: most bytes in a shard.
-        progress: called after each record with the number written so far.
-
-    Returns:
-        Counts of the sentences of samples with pictures, and the bytes of the index that was written. When
-        ``records`` fails half-way no index is written: half a dataset does not look like a whole one.
+    Arguments, attributes and errors are those of :class:`~opsin.data.unfinished.Unfinished`.
     """
+
+    def __init__(self, out: str, job: Mapping[str, Any]):
+        super().__init__(out, job)
+        self._mover = ThreadPoolExecutor(1)  # one: shards are noted in their order
+        self._moving: deque[Future[None]] = deque()
+        self._failed = False
+
+    def write(
+        self,
+        number: int,
+        columns: Mapping[str, str],
+        rows: Sequence[bytes],
+        *,
+        size_limit: int | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one shard of encoded rows and have it uploaded and noted.
+
+        Args:
+            number: of the shard.
+            columns: name -> encoding.
+            rows: at least one, as ``MDSWriter.encode_sample`` gives them.
+            size_limit: the limit by which they were cut; it is stored in the shard.
+            more: what is to be noted beside the shard.
+
+        Raises:
+            UserError: the shard is too large, or this or an earlier one cannot be written.
+        """
+        size = sum(map(len, rows)) + 4 * len(rows) + 65536
+        if size > _LARGEST:
+            raise UserError(
+                f"shard {number} would have {size / 2**30:.1f} GiB, a shard holds less than 4; write the source with "
+                "smaller shards"
+            )
+        while len(self._moving) >= AT_ONCE:
+            self._moving.popleft().result()
+        folder = self.staging / f"{number:05}"
+        folder.mkdir()
+        writer = encoder(columns, folder, size_limit)
+        writer.shards = [{}] * number  # it numbers shards by those before
+        writer.new_samples = list(rows)
+        try:
+            writer.flush_shard()
+        except OSError as error:
+            raise self.unwritable(error) from error
+        finally:
+            writer.executor.shutdown(wait=True)
+        self._moving.append(self._mover.submit(self._move, number, folder, writer.shards[-1], more or {}))
+
+    def _move(self, number: int, folder: Path, entry: dict[str, Any], more: Mapping[str, Any]) -> None:
+        if self._failed:  # an earlier one was not written; notes have no gaps
+            return
+        try:
+            self.put(folder / entry["raw_data"]["basename"])
+            self.note(number, {"shard": entry, **more})
+            folder.rmdir()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def settle(self) -> None:
+        """Wait until every shard so far is noted.
+
+        Raises:
+            UserError: one of them cannot be.
+        """
+        while self._moving:
+            self._moving.popleft().result()
+
+    def index(self) -> bytes:
+        """The index of all shards, once they are written."""
+        self.settle()
+        shards = [self.done[number] for number in range(len(self.done))]
+        return json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Write files beside the index, then the index; forget the job."""
+        super().finish({**files, "index.json": self.index()})
+
+    def close(self) -> None:
+        """Wait for what is being uploaded, and let another process go on."""
+        self._mover.shutdown(wait=True)
+        super().close()
+
+
+def encoder(columns: Mapping[str, str], folder: Path, size_limit: int | None) -> Any:
+    """Streaming's writer, which encodes rows and lays out shards."""
     from streaming import MDSWriter
 
-    counts = SentenceCounts()
-    writer = MDSWriter(out=out, columns=COLUMNS, hashes=list(HASHES), compression=None, size_limit=size_limit)
-    try:
-        for done, record in enumerate(records, 1):
-            writer.write(record)
-            if unpack_images(record["images"]):
-                counts.add(record["conversations"])
+    return MDSWriter(
+        out=str(folder), columns=dict(columns), hashes=list(HASHES), compression=None, size_limit=size_limit
+    )
+
+
+@dataclass
+class Written:
+    """What :func:`write_dataset` did.
+
+    Attributes:
+        samples: number of samples in the dataset.
+        counts: of the instruction sentences of its samples with pictures, as in ``sentences.json``.
+        skipped: reason -> number of samples that were left out.
+    """
+
+    samples: int
+    counts: SentenceCounts
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class _Shard:
+    """Samples of the shard that is being filled."""
+
+    size: int
+    rows: list[bytes] = field(default_factory=list)
+    counts: SentenceCounts = field(default_factory=SentenceCounts)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, record: Record, row: bytes, size: int) -> None:
+        self.rows.append(row)
+        self.size += size
+        if unpack_images(record["images"]):
+            self.counts.add(record["conversations"])
+
+    def note(self, end: int) -> dict[str, Any]:
+        """What another process needs: the first sample it has to make, and what the shards so far add up to."""
+        c = self.counts
+        return {
+            "end": end,
+            "counts": {"turns": c.turns, "words": c.words, "counts": c.counts},
+            "skipped": self.skipped,
+        }
+
+
+def write_dataset(
+    out: str | Path,
+    source: Source,
+    job: Mapping[str, Any],
+    *,
+    size_limit: int,
+    workers: int = 0,
+    skip_bad: bool = False,
+    templates: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+    resumed: Callable[[int], None] | None = None,
+) -> Written:
+    """Write a source as a dataset, or go on where an earlier process was killed.
+
+    Beside the shards lie ``sentences.json`` (how often each instruction sentence occurs in samples with pictures)
+    and, where samples were left out, ``skipped.jsonl``. The index is written last.
+
+    Args:
+        out: new or empty folder, or a remote one; or what is left of the same job.
+        source: the samples: one value for each of :data:`~opsin.data.schema.COLUMNS`.
+        job: what decides the samples; a process goes on only with the same.
+        size_limit: most bytes in a shard; a larger sample gets one of its own.
+        workers: processes that make samples; 0: this one. They are spawned, so a script needs its ``__main__``
+            guard.
+        skip_bad: leave bad samples out; else the first one ends it.
+        templates: sentences that the dataset itself declares to be templates.
+        progress: called with the number of the source's samples done so far: those of an earlier process, then
+            after each one.
+        resumed: called with the number of samples that are in the dataset already, if there are any.
+
+    Raises:
+        UserError: ``out`` holds something else or cannot be written, a sample is bad or cannot be made, or none
+            is left. Shards that are finished stay, without an index, and the same call goes on.
+    """
+    from .. import __version__
+
+    job = {**job, "size_limit": size_limit, "opsin": __version__}
+    with closing(ShardWriter(str(out), job)) as writer:
+        number = 0
+        while number in writer.done:
+            number += 1
+        start = writer.noted(number - 1)["end"] if number else 0
+        if number and resumed:
+            resumed(sum(writer.done[i]["samples"] for i in range(number)))
+        if number and not skip_bad:
+            _refuse_skipped(writer, number)
+        if start and progress:
+            progress(start)
+        _write_rest(writer, source, number, start, size_limit, workers, skip_bad, progress)
+        return _finish(writer, templates)
+
+
+def _write_rest(
+    writer: ShardWriter,
+    source: Source,
+    number: int,
+    start: int,
+    size_limit: int,
+    workers: int,
+    skip_bad: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Write the samples from ``start`` on, as shards from ``number`` on."""
+    with (
+        tempfile.TemporaryDirectory(dir=writer.staging) as folder,
+        closing(generate(source, start, workers)) as made,
+    ):
+        mds = encoder(COLUMNS, Path(folder), size_limit)
+        shard = _Shard(mds.extra_bytes_per_shard)
+        for position, record in enumerate(made, start):
+            if isinstance(record, BadSample):
+                if not skip_bad:
+                    raise _bad(record)
+                shard.skipped.append(asdict(record))
+            else:
+                try:
+                    row = mds.encode_sample(record)
+                except Exception as error:  # a column that is missing or of another type
+                    raise UserError(f"sample {position} cannot be stored: {first_line(error)}") from error
+                size = len(row) + mds.extra_bytes_per_sample
+                if shard.rows and shard.size + size > size_limit:
+                    writer.write(
+                        number, COLUMNS, shard.rows, size_limit=size_limit, more=shard.note(position)
+                    )
+                    number, shard = number + 1, _Shard(mds.extra_bytes_per_shard)
+                shard.add(record, row, size)
             if progress:
-                progress(done)
-    except BaseException:
-        writer.cancel_future_jobs()  # leaving MDSWriter's own context would write the index of half a dataset
-        if writer.remote:
-            shutil.rmtree(writer.local, ignore_errors=True)
-        raise
-    writer.finish()
-    # The index of a remote dataset is gone from this machine by now; these are its bytes.
-    return counts, json.dumps({"version": 2, "shards": writer.shards}, sort_keys=True).encode()
+                progress(position + 1)
+        if shard.rows:
+            writer.write(number, COLUMNS, shard.rows, size_limit=size_limit, more=shard.note(len(source)))
+        elif not number:
+            reasons = Counter(bad["reason"] for bad in shard.skipped)
+            raise UserError(f"{writer.out}: no sample to write{_listed(reasons)}")
+
+
+def _finish(writer: ShardWriter, templates: Sequence[str]) -> Written:
+    index = writer.index()
+    total = SentenceCounts(dataset=dataset_hash(index), templates=tuple(templates))
+    skipped: list[dict[str, Any]] = []
+    for number in range(len(writer.done)):
+        noted = writer.noted(number)
+        total.turns += noted["counts"]["turns"]
+        total.words += noted["counts"]["words"]
+        total.counts.update(noted["counts"]["counts"])
+        skipped += noted["skipped"]
+    files = {SIDECAR: total.dumps().encode()}
+    if skipped:
+        files[SKIPPED] = "".join(json.dumps(bad) + "\n" for bad in skipped).encode()
+    samples = sum(entry["samples"] for entry in writer.done.values())
+    writer.finish(files)
+    return Written(samples, total, Counter(bad["reason"] for bad in skipped))
+
+
+def _bad(sample: BadSample) -> UserError:
+    return UserError(f"{sample}; mend it, or leave bad samples out with --skip-bad")
+
+
+def _refuse_skipped(writer: ShardWriter, shards: int) -> None:
+    """An earlier process left samples out; this one was not asked to."""
+    for number in range(shards):
+        for sample in writer.noted(number)["skipped"]:
+            raise _bad(BadSample(**sample))
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{n} {reason}' for reason, n in sorted(reasons.items()))})" if reasons else ""
