@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Source(Protocol):
         ...
 
 
-def generate(source: Source, first: int = 0, workers: int = 0) -> Iterator[Record | BadSample]:
+def generate(source: Source, first: int = 0, workers: int = 0) -> Generator[Record | BadSample, None, None]:
     """Samples from ``first`` on, in order, made here or by ``workers`` processes.
 
     The processes are spawned, so a script needs its ``__main__`` guard. They end with this one, however it ends.
@@ -120,7 +120,9 @@ _source: Source | None = None  # of a worker process
 def _begin(source: Source) -> None:
     global _source
     _source = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -65,17 +66,18 @@ class LlavaSource:
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         self.digest = hashlib.sha1(content).hexdigest()
-        self.places: list[tuple[int, int]] = []
+        self._starts, self._ends = array("Q"), array("Q")  # in bytes; small to pickle
         self.renamed: dict[int, str] = {}
         self.unmarked = 0
         self.bad: BadSample | None = None
         given: Counter[str] = Counter()
         names: list[str] = []
         for start, end, sample in _samples(content, str(file)):
-            position = len(self.places)
+            position = len(names)
             if position == limit:
                 break
-            self.places.append((start, end))
+            self._starts.append(start)
+            self._ends.append(end)
             names.append(_id(sample))
             given[names[-1]] += 1
             fault = _fault(sample, position, names[-1])
@@ -96,13 +98,13 @@ class LlavaSource:
                 self.renamed[position] = new
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._starts)
 
     def records(self, first: int, end: int) -> Iterator[dict[str, Any] | BadSample]:
         """Samples ``first`` .. ``end`` - 1."""
         with self.file.open("rb") as file:
             for position in range(first, end):
-                start, stop = self.places[position]
+                start, stop = self._starts[position], self._ends[position]
                 file.seek(start)
                 yield self._record(json.loads(file.read(stop - start)), position)
 
@@ -115,9 +117,8 @@ class LlavaSource:
         for picture in names:
             try:
                 pictures.append(_picture(self.images / picture))
-            except (OSError, ValueError) as error:
-                reason, detail = error.args if isinstance(error, _Unusable) else ("picture", first_line(error))
-                return BadSample(name, position, picture, reason, detail)
+            except _Unusable as error:
+                return BadSample(name, position, picture, *error.args)
         turns = sample["conversations"]
         if names and not _marks(sample):
             at = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
@@ -162,15 +163,18 @@ def write(
     )  # fmt: skip
 
 
-class _Unusable(ValueError):
+class _Unusable(Exception):
     """(reason, detail) of a picture that cannot be taken."""
 
 
 def _picture(path: Path) -> bytes:
     """A picture's bytes, whose header decodes."""
-    if not path.is_file():
-        raise _Unusable("missing picture", "no such file in the picture folder")
-    encoded = path.read_bytes()
+    try:
+        if not path.is_file():  # a pipe, for one, would keep us waiting
+            raise _Unusable("missing picture", "no such file in the picture folder")
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise _Unusable("unreadable picture", f"cannot be read ({error.strerror})") from error
     try:
         with Image.open(io.BytesIO(encoded)) as picture:
             picture.verify()
@@ -197,13 +201,13 @@ def _samples(content: bytes, file: str) -> Iterator[tuple[int, int, Any]]:
             if line.strip():
                 try:
                     yield start, start + len(line), json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{file}: line {number} is no JSON ({first_line(error)})") from error
             start += len(line) + 1
         return
     try:
         yield from _list_items(body.decode(), shift)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: no JSON list ({first_line(error)})") from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ...models.errors import UserError
 from ..sentences import SentenceCounts
@@ -28,7 +28,7 @@ class SceneSource:
     stream: str
     samples: int
 
-    at_once: ClassVar[int] = 64
+    at_once = 64
 
     def __len__(self) -> int:
         return self.samples
