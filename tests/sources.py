@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,11 @@ def _alone(work: Callable[[], None]) -> None:
     os._exit(0)  # nothing of what this process has from its parent is to end with it
 
 
-def killed_at(event: int, below: Path, work: Callable[[], None]) -> bool:
-    """Run in a process that SIGKILL ends before its so manyeth change of files or connection; whether it came so far."""
+def killed_at(event: int, below: Path, work: Callable[[], None], *, later: float = 0.0) -> bool:
+    """Run in a process that SIGKILL ends before its ``event``-th change of files or connection; whether it came so far.
+
+    ``later``: so many seconds after it, instead.
+    """
     seen = 0
 
     def count(name: str, arguments: tuple) -> None:
@@ -83,7 +87,8 @@ def killed_at(event: int, below: Path, work: Callable[[], None]) -> bool:
         if name in _CHANGES or (name == "open" and str(arguments[0]).startswith(str(below))):
             seen += 1
             if seen == event:
-                os.kill(os.getpid(), signal.SIGKILL)
+                kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+                threading.Timer(later, kill).start() if later else kill()
 
     def watched() -> None:
         sys.addaudithook(count)

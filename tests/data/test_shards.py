@@ -139,7 +139,9 @@ def test_a_killed_worker_is_told_in_one_line(tmp_path: Path, whole: dict[str, by
         for worker in multiprocessing.active_children():
             worker.kill()
 
-    with pytest.raises(UserError, match=r"^a process that makes samples was killed .*the same command goes on"):
+    with pytest.raises(
+        UserError, match=r"^a process that makes samples was killed .*the same command goes on"
+    ):
         write_toy(tmp_path / "out", source, workers=1, progress=kill)
     assert not (tmp_path / "out/index.json").exists()
     write_toy(tmp_path / "out", source)
@@ -221,7 +223,9 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
             said.write_text(str(error))
 
     assert in_a_process(work) == 0
-    assert said.read_text() == f"{out}: cannot be written (File too large); the same command goes on once it can"
+    assert (
+        said.read_text() == f"{out}: cannot be written (File too large); the same command goes on once it can"
+    )
     assert not (out / "index.json").exists()
     there: list[int] = []
     write_toy(out, source, resumed=there.append)
@@ -230,10 +234,10 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_killed_while_uploading(s3: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
-    landed, resumed = s3 / "data" / "killed", []
-    for event in (1, 20, 26, 32, 38, 44, 50, 56, 62, 68, 74, 80, 86, 92):
+    landed, resumed, last = s3 / "data" / "killed", [], []
+    for event in (1, 25, 37, 49, 61, 73, 85, 92, 120):
         out, folder = f"s3://data/killed/{event}", landed / str(event)
-        at_work = killed_at(event, tmp_path, lambda out=out: write_toy(out, TOY))
+        last.append(killed_at(event, tmp_path, lambda out=out: write_toy(out, TOY)))
         if (folder / "index.json").exists():
             assert files(folder) == whole
         try:
@@ -241,7 +245,18 @@ def test_killed_while_uploading(s3: Path, tmp_path: Path, whole: dict[str, bytes
         except UserError as error:
             assert f"{out}: not empty" in str(error)
         assert files(folder) == whole, event
-    assert len(set(resumed)) > 3 and not list((tmp_path / "cache/partial").iterdir()), at_work
+    assert last[0] and not last[-1]  # from the first change to none at all
+    assert len(set(resumed)) > 3 and not list((tmp_path / "cache/partial").iterdir())
+
+
+def test_killed_within_an_upload(s3: Path, tmp_path: Path) -> None:
+    source = Toy((1 << 20,) * 6)
+    write_toy(tmp_path / "whole", source, 1 << 21)
+    for i, later in enumerate((0.002, 0.01, 0.03)):
+        out = f"s3://data/within/{i}"
+        killed_at(40, tmp_path, lambda out=out: write_toy(out, source, 1 << 21), later=later)
+        write_toy(out, source, 1 << 21)
+        assert files(s3 / "data/within" / str(i)) == files(tmp_path / "whole")
 
 
 def test_a_store_that_fails_is_told_in_one_line(s3: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
