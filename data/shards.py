@@ -261,6 +261,10 @@ def _write_rest(
                 progress(position + 1)
         if shard.rows:
             writer.write(number, COLUMNS, shard.rows, size_limit=size_limit, more=shard.note(len(source)))
+        elif number and shard.skipped:  # all that was left has become bad since the last shard was noted
+            last = writer.noted(number - 1)
+            more = {"end": len(source), "skipped": last["skipped"] + shard.skipped}
+            writer.note(number - 1, {**last, **more})
         elif not number:
             reasons = Counter(bad["reason"] for bad in shard.skipped)
             raise UserError(f"{writer.out}: no sample to write{_listed(reasons)}")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from collections import Counter
@@ -212,6 +213,18 @@ def test_bad_samples_are_named_or_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "none/index.json").exists()
 
 
+def test_samples_that_become_bad_between_two_processes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="sample 17 cannot be made"):
+        write_toy(out, Toy(TOY.sizes, fails=17))
+    end = max(json.loads(note.read_text())["end"] for note in (out / WORK).glob("[0-9]*.json"))
+    assert 0 < end < 17
+    written = write_toy(out, Toy(TOY.sizes, bad=tuple(range(end, 24))), skip_bad=True)
+    assert (written.samples, written.skipped) == (end, {"missing picture": 24 - end})
+    named = [json.loads(line)["position"] for line in (out / SKIPPED).read_text().splitlines()]
+    assert named == list(range(end, 24)) and LocalDataset(str(out)).num_samples == end
+
+
 def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
     source, out, said = Toy((200,) * 13 + (9000,) * 2), tmp_path / "out", tmp_path / "said"
 
@@ -278,8 +291,15 @@ def test_a_store_that_fails_is_told_in_one_line(s3: Path, tmp_path: Path, whole:
         bucket.rmdir()
     away.rename(bucket)
     assert not (bucket / "failing/index.json").exists()
+    with pytest.raises(UserError, match="holds a part of another job"):
+        write_toy(out, TOY, 1600)
     (bucket / "failing/shard.00000.mds").unlink()  # a shard that was noted, removed since
     write_toy(out, TOY)
     assert files(bucket / "failing") == whole
     with pytest.raises(UserError, match=rf"^{out}: not empty"):
         write_toy(out, TOY)
+    with pytest.raises(UserError, match="sample 17 cannot be made"):
+        write_toy("s3://data/other", Toy(TOY.sizes, fails=17))
+    shutil.rmtree(bucket / "other")  # as the line of another job advises
+    write_toy("s3://data/other", TOY, 1600)
+    assert len(list((bucket / "other").glob("*.mds"))) > 3
