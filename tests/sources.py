@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from opsin.data.schema import pack_images
-from opsin.data.shards import write_dataset
 from opsin.data.source import BadSample
+from opsin.data.write import write_dataset
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def easy_vqa(out: str, split: str, limit: int | None, yesno: int | None, workers
 def llava(file: str, images: str, out: str, limit: int | None, skip_bad: bool, workers: int) -> None:
     """Write LLaVA's JSON and its pictures, with a progress bar."""
     from ..data.convert.llava import LlavaSource, write
-    from ..data.shards import SKIPPED
+    from ..data.write import SKIPPED
 
     source = LlavaSource(file, images, limit=limit)
     with Progress(transient=True) as bar:

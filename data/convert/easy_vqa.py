@@ -24,7 +24,7 @@ from typing import Any
 from ...models.errors import UserError, nearest
 from ...models.packaged import packaged_file
 from ..schema import IMAGE_MARK, pack_images
-from ..shards import write_dataset
+from ..write import write_dataset
 
 SPLITS = ("train", "test")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -137,7 +137,7 @@ def write(
         split: ``"train"`` or ``"test"``.
         yesno: see :func:`read`.
         limit: number of records; default: all.
-        workers, size_limit, progress, resumed: see :func:`opsin.data.shards.write_dataset`.
+        workers, size_limit, progress, resumed: see :func:`opsin.data.write.write_dataset`.
 
     Returns:
         The number of records in the dataset.

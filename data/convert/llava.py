@@ -29,8 +29,8 @@ from ...models.errors import UserError
 from ..chat import BadConversation, exchanges
 from ..messages import first_line
 from ..schema import IMAGE_MARK, pack_images
-from ..shards import Written, write_dataset
 from ..source import BadSample
+from ..write import Written, write_dataset
 
 _SPACE = " \t\r\n"
 
@@ -148,7 +148,7 @@ def write(
         out: new or empty folder, or a remote one; or what is left of the same call.
         source: the samples.
         skip_bad: leave bad samples out, and name them in ``skipped.jsonl`` beside the index.
-        workers, size_limit, progress, resumed: see :func:`opsin.data.shards.write_dataset`.
+        workers, size_limit, progress, resumed: see :func:`opsin.data.write.write_dataset`.
 
     Raises:
         UserError: a sample is bad (then there is no index), or ``out`` holds something else.

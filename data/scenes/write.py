@@ -12,7 +12,7 @@ from typing import Any
 
 from ...models.errors import UserError
 from ..sentences import SentenceCounts
-from ..shards import write_dataset
+from ..write import write_dataset
 from .config import SceneConfig
 from .language import template_sentences
 from .records import sample

@@ -18,7 +18,7 @@ from streaming import LocalDataset
 from opsin.data.convert.llava import LlavaSource, write
 from opsin.data.schema import unpack_images
 from opsin.data.sentences import SIDECAR, SentenceCounts
-from opsin.data.shards import SKIPPED
+from opsin.data.write import SKIPPED
 from opsin.models.errors import UserError
 from opsin.training import cli
 
