@@ -125,8 +125,8 @@ class SentenceCounts:
             tuple(sorted({*self.templates, *other.templates})),
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, most frequent first. Sentences that occur once are left out: no rule asks for them."""
+    def dumps(self) -> str:
+        """As JSON, most frequent first. Sentences that occur once are left out: no rule asks for them."""
         kept = {key: count for key, count in self.counts.items() if count > 1 or key in self.templates}
         body = {
             "format": "opsin.sentences/1",
@@ -136,7 +136,11 @@ class SentenceCounts:
             "templates": list(self.templates),
             "counts": dict(sorted(kept.items(), key=lambda kv: (-kv[1], kv[0]))),
         }
-        Path(path).write_text(json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return json.dumps(body, ensure_ascii=False, indent=1) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`dumps` to a file."""
+        Path(path).write_text(self.dumps(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> SentenceCounts:

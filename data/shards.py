@@ -1,76 +1,118 @@
-"""Writing samples as MDS shards: one way, for generated and for converted data."""
+"""Whole MDS shards, one after the other: laid out by Streaming, uploaded and noted while the next one is made."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..models.errors import UserError
-from .schema import COLUMNS, HASHES, unpack_images
-from .sentences import SentenceCounts
+from .schema import HASHES
+from .unfinished import Unfinished
+
+AT_ONCE = 2
+"""Most finished shards on this machine's disk while a remote dataset is written."""
+
+_LARGEST = 2**32 - 1  # offsets inside a shard are uint32
 
 
-def refuse_local(folder: Path) -> None:
-    """Refuse to write where something is already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: not an empty folder; choose another one, or remove it")
+class ShardWriter(Unfinished):
+    """Writes whole shards of one dataset; each one is uploaded and noted while the next one is made.
 
-
-def refuse_remote(out: str, local: str) -> Any:
-    """Uploader from ``local`` to ``out``, after a look whether something is there already."""
-    from streaming.base.storage.upload import CloudUploader
-
-    try:
-        uploader = CloudUploader.get((local, out), keep_local=True)
-        there = uploader.list_objects()
-    except NotImplementedError:  # some stores cannot list; then what is there is overwritten file by file
-        return uploader
-    except Exception as error:  # every store has its own errors
-        raise UserError(
-            f"{out}: cannot be reached ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-    if there:
-        raise UserError(f"{out}: not empty ({there[0]} ...); choose another folder, or remove it")
-    return uploader
-
-
-def write_shards(
-    out: str,
-    records: Iterator[dict[str, Any]],
-    size_limit: int,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[SentenceCounts, bytes]:
-    """Write records as MDS shards and count their instruction sentences on the way.
-
-    Args:
-        out: an empty or new folder, or a remote one.
-        records: one value for each of :data:`~opsin.data.schema.COLUMNS`.
-        size_limit: most bytes in a shard.
-        progress: called after each record with the number written so far.
-
-    Returns:
-        Counts of the sentences of samples with pictures, and the bytes of the index that was written. When
-        ``records`` fails half-way no index is written: half a dataset does not look like a whole one.
+    Arguments, attributes and errors are those of :class:`~opsin.data.unfinished.Unfinished`.
     """
+
+    def __init__(self, out: str, job: Mapping[str, Any]):
+        super().__init__(out, job)
+        self._mover = ThreadPoolExecutor(1)  # one: shards are noted in their order
+        self._moving: deque[Future[None]] = deque()
+        self._failed = False
+
+    def write(
+        self,
+        number: int,
+        columns: Mapping[str, str],
+        rows: Sequence[bytes],
+        *,
+        size_limit: int | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one shard of encoded rows and have it uploaded and noted.
+
+        Args:
+            number: of the shard.
+            columns: name -> encoding.
+            rows: at least one, as ``MDSWriter.encode_sample`` gives them.
+            size_limit: the limit by which they were cut; it is stored in the shard.
+            more: what is to be noted beside the shard.
+
+        Raises:
+            UserError: the shard is too large, or this or an earlier one cannot be written.
+        """
+        size = sum(map(len, rows)) + 4 * len(rows) + 65536
+        if size > _LARGEST:
+            raise UserError(
+                f"shard {number} would have {size / 2**30:.1f} GiB, a shard holds less than 4; write the source with "
+                "smaller shards"
+            )
+        while len(self._moving) >= AT_ONCE:
+            self._moving.popleft().result()
+        folder = self.staging / f"{number:05}"
+        folder.mkdir()
+        writer = encoder(columns, folder, size_limit)
+        writer.shards = [{}] * number  # it numbers shards by those before
+        writer.new_samples = list(rows)
+        try:
+            writer.flush_shard()
+        except OSError as error:
+            raise self.unwritable(error) from error
+        finally:
+            writer.executor.shutdown(wait=True)
+        self._moving.append(self._mover.submit(self._move, number, folder, writer.shards[-1], more or {}))
+
+    def _move(self, number: int, folder: Path, entry: dict[str, Any], more: Mapping[str, Any]) -> None:
+        if self._failed:  # an earlier one was not written; notes have no gaps
+            return
+        try:
+            self.put(folder / entry["raw_data"]["basename"])
+            self.note(number, {"shard": entry, **more})
+            folder.rmdir()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def settle(self) -> None:
+        """Wait until every shard so far is noted.
+
+        Raises:
+            UserError: one of them cannot be.
+        """
+        while self._moving:
+            self._moving.popleft().result()
+
+    def index(self) -> bytes:
+        """The index of all shards, once they are written."""
+        self.settle()
+        shards = [self.done[number] for number in range(len(self.done))]
+        return json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Write files beside the index, then the index; forget the job."""
+        super().finish({**files, "index.json": self.index()})
+
+    def close(self) -> None:
+        """Wait for what is being uploaded, and let another process go on."""
+        self._mover.shutdown(wait=True)
+        super().close()
+
+
+def encoder(columns: Mapping[str, str], folder: Path, size_limit: int | None) -> Any:
+    """Streaming's writer, which encodes rows and lays out shards."""
     from streaming import MDSWriter
 
-    counts = SentenceCounts()
-    writer = MDSWriter(out=out, columns=COLUMNS, hashes=list(HASHES), compression=None, size_limit=size_limit)
-    try:
-        for done, record in enumerate(records, 1):
-            writer.write(record)
-            if unpack_images(record["images"]):
-                counts.add(record["conversations"])
-            if progress:
-                progress(done)
-    except BaseException:
-        writer.cancel_future_jobs()  # leaving MDSWriter's own context would write the index of half a dataset
-        if writer.remote:
-            shutil.rmtree(writer.local, ignore_errors=True)
-        raise
-    writer.finish()
-    # The index of a remote dataset is gone from this machine by now; these are its bytes.
-    return counts, json.dumps({"version": 2, "shards": writer.shards}, sort_keys=True).encode()
+    return MDSWriter(
+        out=str(folder), columns=dict(columns), hashes=list(HASHES), compression=None, size_limit=size_limit
+    )

@@ -13,6 +13,11 @@ from .target_commands import target_commands
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
 target_commands(data_app)
 
+# Of the commands that write samples.
+NewFolder = Annotated[
+    str, typer.Option("--out", help="New folder, or s3://bucket/folder. The same command goes on.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that make samples; 0: this one.")]
 # Of both commands that store targets.
 Source = Annotated[str, typer.Argument(help="Dataset: folder or URL.")]
 Out = Annotated[str, typer.Argument(help="New folder, or s3://bucket/folder. The same command goes on.")]
@@ -29,7 +34,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads that decode pictures.
 
 @data_app.command("scenes")
 def data_scenes(
-    out: Annotated[str, typer.Option(help="New folder, or s3://bucket/folder.")],
+    out: NewFolder,
     samples: Annotated[int, typer.Option(help="How many.")] = 1000,
     split: Annotated[str, typer.Option()] = "train",
     stream: Annotated[str, typer.Option(help="vqa, caption, text, text_caption, text_skill")] = "vqa",
@@ -37,7 +42,7 @@ def data_scenes(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of data.scenes.SceneConfig.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 0,
+    workers: Workers = 0,
 ) -> None:
     """Procedural scenes with exact facts."""
     from .data_commands import scenes
@@ -47,16 +52,33 @@ def data_scenes(
 
 @data_app.command("easy-vqa")
 def data_easy_vqa(
-    out: Annotated[str, typer.Option(help="New folder.")],
+    out: NewFolder,
     split: Annotated[str, typer.Option(help="train or test")] = "train",
     limit: Annotated[int | None, typer.Option(help="Most samples.")] = None,
     yesno: Annotated[int | None, typer.Option(help="Most yes/no questions a picture.")] = None,
+    workers: Workers = 0,
 ) -> None:
     """The pictures and questions of the easy-vqa package (opsin[real])."""
-    from ..data.convert.easy_vqa import write
+    from .data_commands import easy_vqa
 
-    written = write(out, split, limit=limit, yesno=yesno)
-    print(f"{written} samples in {out}")
+    easy_vqa(out, split, limit, yesno, workers)
+
+
+@data_app.command("llava")
+def data_llava(
+    file: Annotated[str, typer.Argument(metavar="JSON", help="LLaVA's list of samples, or JSON lines.")],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of the pictures.")],
+    out: NewFolder,
+    limit: Annotated[int | None, typer.Option(help="Most samples.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad samples out, and name them in skipped.jsonl.")
+    ] = False,
+    workers: Workers = 0,
+) -> None:
+    """LLaVA's JSON and a folder of pictures; pictures keep their bytes."""
+    from .data_commands import llava
+
+    llava(file, images, out, limit, skip_bad, workers)
 
 
 @data_app.command("templates")

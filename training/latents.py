@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..data.cells import cells_of, columns_of, row_of
 from ..data.messages import first_line
 from ..data.patch_targets import COLUMN, DESCRIPTION, PatchTargetsInfo
 from ..data.remote import read_sentence_counts
-from ..data.rewrite import ShardWriter, cells_of, columns_of, row_of
 from ..data.sentences import SIDECAR, dataset_hash
+from ..data.shards import AT_ONCE, ShardWriter
 from ..data.streaming import StreamingVLMDataset
 from ..models.anatomy import Pictures, anatomy_of, image_encoder_for
 from ..models.errors import UserError, nearest
@@ -175,9 +175,7 @@ def write(
         counts = None if sidecar else read_sentence_counts(stream)
         if counts is not None:
             counts.dataset = dataset_hash(shards)
-            with tempfile.TemporaryDirectory() as folder:
-                counts.save(Path(folder) / SIDECAR)
-                files[SIDECAR] = (Path(folder) / SIDECAR).read_bytes()
+            files[SIDECAR] = counts.dumps().encode()
         writer.finish(files)
     finally:
         writer.close()
@@ -248,13 +246,15 @@ def _make_room(
             count += 1
     copied = 0 if sidecar else sum(shard.get_raw_size() for shard in dataset.shards)
     size = copied + values * samples // count
+    there = sum(len(dataset.shards[number]) for number in writer.done)
     console.print(
         f"{source}: {samples} samples in {total} shards; {'' if every else 'about '}{decimal(size)} to write to {out}"
-        + (f", {len(writer.done)} shards are there already" if writer.done else ""),
+        + (f", {there} samples in {len(writer.done)} shards are there already" if writer.done else ""),
         soft_wrap=True,
     )
-    # A remote dataset leaves one shard at a time here; a remote source stays in its cache.
-    needs = [(writer.folder, size // total if writer.remote else size * (total - len(writer.done)) // total)]
+    # A remote dataset leaves few shards at a time here; a remote source stays in its cache.
+    left = total - len(writer.done)
+    needs = [(writer.folder, size * (min(AT_ONCE, left) if writer.remote else left) // total)]
     if stream.remote is not None:
         files = [(Path(s.dirname) / s.split / s.raw_data.basename, s.raw_data.bytes) for s in dataset.shards]
         needs.append((Path(stream.local), sum(size for file, size in files if not file.is_file())))

@@ -15,18 +15,16 @@ yesno    28,407 / 7,136                            negated ones too; 83 % right 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ...models.errors import UserError, nearest
 from ...models.packaged import packaged_file
 from ..schema import IMAGE_MARK, pack_images
-from ..sentences import SIDECAR, dataset_hash
-from ..shards import write_shards
+from ..write import write_dataset
 
 SPLITS = ("train", "test")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -53,6 +51,55 @@ def question_kind(question: str, answer: str) -> str:
     raise ValueError(f"no known form of question: '{question}'")
 
 
+class EasyVQASource:
+    """Records of one split, by the order of the pictures' numbers; see :func:`read`.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        yesno: see :func:`read`.
+        limit: number of records; default: all.
+
+    Raises:
+        UserError: no such split, or the package ``easy-vqa`` is missing.
+    """
+
+    at_once = 64
+
+    def __init__(self, split: str, *, yesno: int | None = None, limit: int | None = None):
+        if split not in SPLITS:
+            raise UserError(f"easy-vqa has no split '{split}'{nearest(split, SPLITS)}")
+        if limit is not None and limit < 1:
+            raise UserError(f"limit: at least 1, got {limit}")
+        self.split, self.yesno = split, yesno
+        self._folder = packaged_file("easy_vqa", f"data/{split}", install="opsin[real]")
+        self._exchanges: dict[int, list[tuple[str, str]]] = {}
+        text = (self._folder / "questions.json").read_text(encoding="utf-8")
+        for question, answer, picture in json.loads(text):
+            self._exchanges.setdefault(picture, []).append((question, answer))
+        self._pictures = sorted(self._exchanges)[:limit]
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def records(self, first: int, end: int) -> Iterator[dict[str, Any]]:
+        """Records ``first`` .. ``end`` - 1."""
+        for picture in self._pictures[first:end]:
+            exchanges = self._exchanges[picture]
+            kinds = [question_kind(*exchange) for exchange in exchanges]
+            kept = _kept(kinds, self.yesno)
+            yield {
+                "id": f"easy-vqa-{self.split}-{picture:04d}",
+                "conversations": _conversation([exchanges[i] for i in kept]),
+                "images": pack_images([(self._folder / "images" / f"{picture}.png").read_bytes()]),
+                "meta": {
+                    "source": "easy-vqa",
+                    "split": self.split,
+                    "turns": "independent",
+                    "kinds": [kinds[i] for i in kept],
+                },
+            }
+
+
 def read(split: str, *, yesno: int | None = None) -> Iterator[dict[str, Any]]:
     """Records of one split, in the order of the pictures' numbers, questions in the order of the file.
 
@@ -68,26 +115,8 @@ def read(split: str, *, yesno: int | None = None) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: no such split, or the package ``easy-vqa`` is missing.
     """
-    if split not in SPLITS:
-        raise UserError(f"easy-vqa has no split '{split}'{nearest(split, SPLITS)}")
-    folder = packaged_file("easy_vqa", f"data/{split}", install="opsin[real]")
-    exchanges: dict[int, list[tuple[str, str]]] = {}
-    for question, answer, picture in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
-        exchanges.setdefault(picture, []).append((question, answer))
-    for picture in sorted(exchanges):
-        kinds = [question_kind(*exchange) for exchange in exchanges[picture]]
-        kept = _kept(kinds, yesno)
-        yield {
-            "id": f"easy-vqa-{split}-{picture:04d}",
-            "conversations": _conversation([exchanges[picture][i] for i in kept]),
-            "images": pack_images([(folder / "images" / f"{picture}.png").read_bytes()]),
-            "meta": {
-                "source": "easy-vqa",
-                "split": split,
-                "turns": "independent",
-                "kinds": [kinds[i] for i in kept],
-            },
-        }
+    source = EasyVQASource(split, yesno=yesno)
+    yield from source.records(0, len(source))
 
 
 def write(
@@ -96,31 +125,31 @@ def write(
     *,
     yesno: int | None = None,
     limit: int | None = None,
+    workers: int = 0,
     size_limit: int = 1 << 26,
+    progress: Callable[[int], None] | None = None,
+    resumed: Callable[[int], None] | None = None,
 ) -> int:
-    """Write one split as MDS shards, with the counts of its instruction sentences beside them.
+    """Write one split as a dataset with the counts of its instruction sentences, or go on where a process was killed.
 
     Args:
-        out: folder, new or empty.
+        out: folder, new or empty, or a remote one; or what is left of the same call.
         split: ``"train"`` or ``"test"``.
         yesno: see :func:`read`.
         limit: number of records; default: all.
-        size_limit: most bytes in a shard.
+        workers, size_limit, progress, resumed: see :func:`opsin.data.write.write_dataset`.
 
     Returns:
-        The number of records written.
+        The number of records in the dataset.
 
     Raises:
         UserError: no such split, missing package, or ``out`` holds something already.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: give another folder, or remove it")
-    records = list(itertools.islice(read(split, yesno=yesno), limit))
-    counts, index = write_shards(str(out), iter(records), size_limit)
-    counts.dataset = dataset_hash(index)
-    counts.save(out / SIDECAR)
-    return len(records)
+    source = EasyVQASource(split, yesno=yesno, limit=limit)
+    job = {"kind": "easy-vqa", "split": split, "yesno": yesno, "samples": len(source)}
+    return write_dataset(
+        out, source, job, size_limit=size_limit, workers=workers, progress=progress, resumed=resumed
+    ).samples
 
 
 def _kept(kinds: list[str], yesno: int | None) -> list[int]:

@@ -115,7 +115,7 @@ def test_written_shards(tmp_path: Path):
     assert counts.turns == sum(len(r["meta"]["kinds"]) for r in expected)
     assert counts.dataset
     assert counts.counts["what color is the shape"] > 1
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="not an empty folder"):
         easy_vqa.write(out, "test")
 
 

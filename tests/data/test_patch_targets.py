@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, LlavaImageProcessor
 
 from opsin.data.batch import split_batch
+from opsin.data.cells import row_of
 from opsin.data.collate import VLMCollator
 from opsin.data.loader import build_encoder
 from opsin.data.patch_targets import (
@@ -27,9 +28,9 @@ from opsin.data.patch_targets import (
     picture_hash,
     unpack,
 )
-from opsin.data.rewrite import ShardWriter, row_of
 from opsin.data.schema import COLUMNS, HASHES, pack_images, unpack_images
 from opsin.data.sentences import dataset_hash
+from opsin.data.shards import ShardWriter
 from opsin.data.streaming import StreamingVLMDataset
 from opsin.models.anatomy import image_encoder_for
 from opsin.models.errors import UserError, one_line, user_error_in
