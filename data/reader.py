@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class OpenReader(MDSReader):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stays_open = True
-        self._path = os.path.join(self.dirname, self.split, self.raw_data.basename)
+        self._path = str(Path(self.dirname) / (self.split or "") / self.raw_data.basename)
         self._sizes = list(self.column_sizes)
         self._decode = [_get_coder(encoding).decode for encoding in self.column_encodings]  # type: ignore[union-attr]
         self.close()  # an earlier dataset's file of the same name may have been written anew
