@@ -160,7 +160,8 @@ def test_nothing_is_left_in_the_temporary_folder(folder: str) -> None:
     assert len(list(dataset)) == 8
     locks = {Path(dataset._cache_filelock_path), Path(dataset._shared_barrier.filelock_path)}
     assert {lock.parent for lock in locks} == {shared_memory.job().folder}
-    assert all(lock.is_file() for lock in locks)
+    # That of the cache is made when a shard has to be fetched: here all of them lie in a folder.
+    assert Path(dataset._shared_barrier.filelock_path).is_file()
     assert dataset._filelock_root == str(shared_memory.job().folder)
 
 
