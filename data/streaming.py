@@ -6,9 +6,9 @@ for ever. :class:`SafeStream` and :class:`StreamingVLMDataset` close them:
 * the parent's S3 client is shared by forked workers, which then read each other's bytes -> every process
   drops it and makes its own;
 * a shard that cannot be read ends the epoch early, without an error -> the error is raised;
-* ... and lets all other workers wait for ever -> the shard's state is reset, and who waits tries it again;
-* a shard that failed its checksum stays in the cache and is trusted by the next run -> it is deleted and
-  fetched once more.
+* ... and lets all other workers wait for ever -> the shard's state is reset, and who waits has the error too;
+* a shard that failed its checksum stays in the cache and is trusted by the next run -> it has its name only when
+  it was found right, and is fetched once more.
 
 And it repeats samples where ranks do not divide an epoch -> ``data/partition.py`` deals each exactly once; a
 checkpoint made between two epochs begins the finished one again -> :meth:`StreamingVLMDataset.state_dict`.
@@ -16,8 +16,11 @@ checkpoint made between two epochs begins the finished one again -> :meth:`Strea
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +32,11 @@ from streaming.base.shuffle import algos
 from torch.utils.data import get_worker_info
 
 from ..models.errors import UserError, nearest
-from .dataset_check import check_streams, together
-from .messages import first_line
+from .dataset_check import address_of, check_streams, together
+from .messages import ShardUnreadable, first_line, unreadable
 from .partition import EXACT, FILLER, TAILS, places_a_rank
 from .patch_targets import COLUMN, PatchTargetsInfo
-from .remote import read_description, read_sentence_counts
+from .remote import join_address, read_description, read_sentence_counts
 from .schema import pack_images, stable_hash
 from .sentences import SentenceCounts
 from .shared_memory import private_names
@@ -122,6 +125,7 @@ class StreamingVLMDataset(StreamingDataset):
         self._epoch_now = 0
         self._fillers = 0
         self._failure: BaseException | None = None
+        self._began = float("inf")
         self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
         try:
             self.patch_targets_info = together(lambda: self._check_and_describe(whole))
@@ -147,33 +151,67 @@ class StreamingVLMDataset(StreamingDataset):
         """This worker's share of an epoch.
 
         Raises:
-            RuntimeError: a shard could not be read (stock Streaming ends the epoch here).
+            ShardUnreadable: as it says (stock Streaming ends the epoch here).
         """
         if get_worker_info() is not None:
             self._drop_clients()
-        self._failure, self._fillers = None, 0
+        if hasattr(self, "_event") and self._event.is_set():  # its threads are dead: upstream may wait for them
+            raise self._told(self._failure)
+        self._failure, self._fillers, self._began = None, 0, time.time()
         finished = False
         try:
             yield from super().__iter__()
             finished = True
-        except UserError:  # what a sample of it holds is refused, and says so
+        except UserError:
             raise
-        except Exception as error:  # it was there when the epoch began, and a sample of it was wanted
-            raise RuntimeError(f"a shard could not be read: {first_line(error)}") from error
+        except Exception as error:  # upstream's "background thread failed" is no reason
+            raise self._told(self._failure or error) from error
         finally:
             if not finished and hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()
         if self._failure is not None or self._event.is_set():
-            raise RuntimeError(f"a shard could not be read: {first_line(self._failure)}") from self._failure
+            raise self._told(self._failure) from self._failure
         for _ in range(self._fillers):
             yield filler(self._epoch_now)
 
+    def _told(self, error: BaseException | None) -> UserError:
+        return error if isinstance(error, UserError) else unreadable("", first_line(error))
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """One stored sample; where its bytes make none, that is an error with the shard's file.
+
+        Raises:
+            ShardUnreadable: no such file, or it holds something else than the index says.
+        """
+        try:
+            return super().get_item(sample_id, retry)
+        except UserError:
+            raise
+        except Exception as error:
+            if self._failure is not None:
+                raise self._told(self._failure) from error
+            shard_id, _ = self.spanner[sample_id]
+            stream, shard = self.streams[self.stream_per_shard[shard_id]], self.shards[shard_id]
+            file = join_address(stream.local, stream.split, shard.file_pairs[0][0].basename)
+            copy = "" if stream.remote is None else f" (a copy of what is in {address_of(stream)}; remove it)"
+            raise unreadable(file, f"{file}{copy}: {first_line(error)}") from error
+
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard; if that fails, other workers may try instead of waiting for ever."""
+        """Download a shard; if that fails, other workers say so too, instead of waiting for ever."""
+        note = Path(f"{self._cache_filelock_path}-unreadable-{shard_id}")
+        if self._shard_states[shard_id] == _ShardState.REMOTE:
+            with contextlib.suppress(OSError):  # none
+                if note.stat().st_mtime > self._began:  # another worker has just tried, for as long as is allowed
+                    raise ShardUnreadable(note.read_text())
         try:
             super().prepare_shard(shard_id, blocking)
-        except BaseException:
+        except BaseException as error:
             if self._shard_states[shard_id] == _ShardState.PREPARING:
+                if isinstance(error, ShardUnreadable):
+                    with contextlib.suppress(OSError):
+                        partial = note.with_name(f"{note.name}-{os.getpid()}")
+                        partial.write_text(str(error))
+                        partial.replace(note)
                 self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
