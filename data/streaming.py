@@ -215,32 +215,38 @@ class StreamingVLMDataset(StreamingDataset):
                 self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
-    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        """Upstream's loop, which waits without a limit for shards that other processes fetch.
+    def _prepare_thread(self, it: _Iterator) -> None:
+        """Upstream's, which says that it has ended only if it had no error; the next epoch waits for that."""
+        try:
+            super()._prepare_thread(it)
+        except BaseException:
+            it.on_exit()
+            raise
 
-        A shard that was passed over because another process had begun it, and that is remote again, failed
-        there: it is tried here, so that this process ends with the error too (a DataLoader shows errors in the
-        order of its workers, and would wait for this one first).
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Upstream's, which waits without a limit for a shard that another process fetches, even at exit.
+
+        A shard that another process had begun, and that is remote again, failed there: it is asked for here, so that
+        this process ends with the error too (a DataLoader shows errors in the order of its workers, and would wait
+        for this one first).
         """
-        while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
-            sample_id = it.sample_ids[it.yield_index]
-            if it.ready_index <= it.yield_index:
-                if sample_id != -1 and it.prepare_index > it.yield_index:
-                    self._try_again(int(self.spanner[sample_id][0]))
-                time.sleep(TICK)
-                continue
-            if sample_id != -1:
-                yield sample_id
-            it.yield_index += 1
-        it.on_exit()
-
-    def _try_again(self, shard_id: int) -> None:
-        if self._shard_states[shard_id] == _ShardState.REMOTE:
-            try:
-                self.prepare_shard(shard_id, blocking=False)
-            except Exception as error:
-                self._failure = error
-                self._event.set()
+        try:
+            while not it.should_exit() and it.ready_index < it.total and not self._event.is_set():
+                sample_id = it.sample_ids[it.ready_index]
+                if self.predownload is not None and self.predownload < it.ready_index - it.yield_index:
+                    time.sleep(TICK)
+                    continue
+                if sample_id != -1:
+                    shard_id = int(self.spanner[sample_id][0])
+                    state = self._shard_states[shard_id]
+                    if state == _ShardState.REMOTE:  # evicted, or as above
+                        self.prepare_shard(shard_id, blocking=False)
+                    if state != _ShardState.LOCAL:
+                        time.sleep(TICK)
+                        continue
+                it.ready_index += 1
+        finally:
+            it.on_exit()
 
     def on_exception(self, future: Any) -> None:
         """Keep a background thread's error for :meth:`__iter__`, which raises it."""
