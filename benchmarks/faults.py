@@ -40,18 +40,20 @@ def plain(text: str) -> str:
     return re.sub(r"process \d+|pid\(s\) \d+|pid \d+", "process N", text)
 
 
-def measure(cases: list[Case], classes: list[str], jobs: int) -> list[dict[str, Any]]:
+def measure(
+    cases: list[Case], classes: list[str], workers: list[tuple[int, bool]], jobs: int
+) -> list[dict[str, Any]]:
     """All trials, many at once: most of their time they wait."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="opsin-faults-", ignore_cleanup_errors=True) as folder:
         stores = Stores(Path(folder))
         with ThreadPoolExecutor(jobs) as pool:
             wanted = {
-                pool.submit(run_case, stores, case, Setting(cls, *workers)): (case, Setting(cls, *workers))
+                pool.submit(run_case, stores, case, Setting(cls, *each)): (case, Setting(cls, *each))
                 for case in cases
                 for cls in classes
-                for workers in WORKERS
-                if workers[0] >= case.least and not (cls == "stock" and case.name == USERS_CODE)
+                for each in workers
+                if each[0] >= case.least and not (cls == "stock" and case.name == USERS_CODE)
             }
             for done in as_completed(wanted):
                 case, setting = wanted[done]
@@ -69,6 +71,10 @@ def row(case: Case, setting: Setting, run: int, outcome: Outcome) -> dict[str, A
         "run": run, "outcome": outcome.kind, "wanted": outcome.kind in wanted,
         "seconds": round(outcome.seconds, 1), "line": plain(outcome.line), "served": outcome.detail,
     }  # fmt: skip
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["case"], row["class"], row["workers"], row["persistent"]
 
 
 # --- the page
@@ -105,14 +111,18 @@ def cell(rows: list[dict[str, Any]]) -> str:
 def page(rows: list[dict[str, Any]], command: str) -> str:
     lines, messages = [], []
     for case in CASES:
-        opsin, stock = ([r for r in rows if r["case"] == case.name and r["class"] == c] for c in ("opsin", "stock"))
+        opsin, stock = (
+            [r for r in rows if r["case"] == case.name and r["class"] == c] for c in ("opsin", "stock")
+        )
         if not opsin:
             continue
         seconds = max(r["seconds"] for r in opsin)
         theirs = cell(stock) if stock else "user's code" if case.name == USERS_CODE else "not run"
         lines.append(f"| {case.name} | {cell(opsin)} | {seconds:.0f} | {theirs} |")
         for line in sorted({r["line"] for r in opsin if r["line"]}):
-            line = re.sub(r"worker process N", "worker process N", re.sub(r"shard\.\d{5}", "shard.00009", line))
+            line = re.sub(
+                r"worker process N", "worker process N", re.sub(r"shard\.\d{5}", "shard.00009", line)
+            )
             if (case.name, line) not in messages:
                 messages.append((case.name, line))
     seen, told = set(), []
@@ -147,7 +157,7 @@ Opsin's trials end as they should.
 Opsin's DataLoader has `timeout: {LOADER_TIMEOUT:.0f}` (default 300) and its first look at a store waits 2 s (default 10 and 20), twice;
 stock's DataLoader has no timeout, which is torch's default. Errors come once the retries that were asked for are used
 up: Streaming tries `download_retry` times, boto3 itself three to five times in each. Seconds are of processes that share
-two cores with {'{jobs}'} others: they show that nothing waits for ever, not how fast it is.
+two cores with {"{jobs}"} others: they show that nothing waits for ever, not how fast it is.
 
 **The faults.** Corrupt: one byte of a picture differs. Truncated, missing: half a shard, none; neither the first nor the
 last, which Opsin looks at when it opens a dataset. Worker killed, store killed: SIGKILL in mid-epoch; in run 2 all is well
@@ -166,9 +176,14 @@ whose bytes change in the cache after it was found right. Stores other than S3. 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=["opsin", "stock"], help="one class")
-    parser.add_argument("--case", action="append", choices=list(BY_NAME), help="a case; may be given several times")
+    parser.add_argument(
+        "--case", action="append", choices=list(BY_NAME), help="a case; may be given several times"
+    )
+    parser.add_argument("--workers", help="such as 0,1,2p,4p; p: persistent; default: all")
     parser.add_argument("--jobs", type=int, default=12, help="trials at once")
     parser.add_argument("--page", action="store_true", help="only write the page anew from the results")
     given = parser.parse_args()
@@ -176,10 +191,13 @@ def main() -> None:
     if not given.page:
         cases = [BY_NAME[name] for name in given.case] if given.case else CASES
         classes = [given.only] if given.only else ["opsin", "stock"]
-        fresh = measure(cases, classes, given.jobs)
-        anew = {(r["case"], r["class"]) for r in fresh}
+        workers = list(WORKERS)
+        if given.workers:
+            workers = [(int(name.rstrip("p")), name.endswith("p")) for name in given.workers.split(",")]
+        fresh = measure(cases, classes, workers, given.jobs)
+        anew = {key(r) for r in fresh}
         order = [case.name for case in CASES]
-        rows = [*(r for r in kept["trials"] if (r["case"], r["class"]) not in anew), *fresh]
+        rows = [*(r for r in kept["trials"] if key(r) not in anew), *fresh]
         rows.sort(key=lambda r: (order.index(r["case"]), r["class"], r["workers"], r["persistent"], r["run"]))
         kept = {"jobs": given.jobs, "trials": rows}
         lines = ",\n".join(json.dumps(r) for r in rows)

@@ -19,7 +19,9 @@ from .messages import GO_ON
 from .streaming import StreamingVLMDataset
 
 _SILENT = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
-_KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)")
+_KILLED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)"
+)
 
 
 def build_encoder(

@@ -141,7 +141,9 @@ def why_not(address: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         kept = f" of {Path(error.filename).parent}" if error.filename else ""
         return f"no space left on the disk{kept}; free some, or set `local` to another one"
-    if type(error).__name__ == "ClientError" and address.startswith("s3://"):  # Streaming says "not found" of any
+    if type(error).__name__ == "ClientError" and address.startswith(
+        "s3://"
+    ):  # Streaming says "not found" of any
         try:
             object_bytes(address)
         except UserError as told:

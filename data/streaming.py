@@ -155,7 +155,9 @@ class StreamingVLMDataset(StreamingDataset):
         """
         if get_worker_info() is not None:
             self._drop_clients()
-        if hasattr(self, "_event") and self._event.is_set():  # its threads are dead: upstream may wait for them
+        if (
+            hasattr(self, "_event") and self._event.is_set()
+        ):  # its threads are dead: upstream may wait for them
             raise self._told(self._failure)
         self._failure, self._fillers, self._began = None, 0, time.time()
         finished = False
@@ -201,7 +203,9 @@ class StreamingVLMDataset(StreamingDataset):
         note = Path(f"{self._cache_filelock_path}-unreadable-{shard_id}")
         if self._shard_states[shard_id] == _ShardState.REMOTE:
             with contextlib.suppress(OSError):  # none
-                if note.stat().st_mtime > self._began:  # another worker has just tried, for as long as is allowed
+                if (
+                    note.stat().st_mtime > self._began
+                ):  # another worker has just tried, for as long as is allowed
                     raise ShardUnreadable(note.read_text())
         try:
             super().prepare_shard(shard_id, blocking)

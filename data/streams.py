@@ -14,7 +14,17 @@ from ..models.errors import UserError, nearest
 from .joined import join, prepare_joined, set_up_joined
 from .messages import shown, unreadable
 from .patch_targets import COLUMN, PatchTargetsInfo
-from .remote import PART, Damaged, cached, is_final, join_address, read_description, remove_partial, shard_hash, why_not
+from .remote import (
+    PART,
+    Damaged,
+    cached,
+    is_final,
+    join_address,
+    read_description,
+    remove_partial,
+    shard_hash,
+    why_not,
+)
 from .sentences import dataset_hash
 
 IGNORE = "ignore"
@@ -110,8 +120,10 @@ class SafeStream(Stream):
             if len(content) != info.bytes:
                 raise Damaged(f"it has {len(content):,} bytes, the index says {info.bytes:,}")
             name = self.validate_hash
-            if name in info.hashes and get_hash(name, content) != info.hashes[name]:
-                raise Damaged(f"its hash ({name}) is not that of the index; copy it again, or write the dataset anew")
+            if name and name in info.hashes and get_hash(name, content) != info.hashes[name]:
+                raise Damaged(
+                    f"its hash ({name}) is not that of the index; copy it again, or write the dataset anew"
+                )
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)

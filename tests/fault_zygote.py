@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import gc
 import hashlib
-import io
 import json
 import os
 import select
@@ -42,9 +41,10 @@ class Encoded:
     """The real collator; what it left blank is told by its status."""
 
     def __init__(self) -> None:
-        import zoo
         from opsin.data.collate import VLMCollator
         from opsin.data.loader import build_encoder
+
+        import zoo
 
         built = zoo.build("llava")
         self.collator = VLMCollator(
@@ -80,8 +80,9 @@ def open_dataset(job: dict[str, Any]) -> Any:
 
 
 def open_loader(job: dict[str, Any], dataset: Any) -> Any:
-    from opsin.data.loader import build_loader
     from torch.utils.data import DataLoader
+
+    from opsin.data.loader import build_loader
 
     workers: dict[str, Any] = {"num_workers": job["workers"]}
     if job["workers"]:
@@ -194,7 +195,7 @@ def start(job: dict[str, Any]) -> int:
 
 def serve() -> int:
     """Fork a job for each line, until there are no more."""
-    answers = io.open(os.dup(1), "w", buffering=1)  # noqa: UP020 - line buffered
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
     living: set[int] = set()
     lines = os.fdopen(os.dup(0), "rb", buffering=0)
     answers.write(json.dumps({"ready": True}) + "\n")
@@ -214,9 +215,7 @@ def serve() -> int:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 living.discard(pid)
-                answers.write(
-                    json.dumps({"ended": pid, "status": os.waitstatus_to_exitcode(status)}) + "\n"
-                )
+                answers.write(json.dumps({"ended": pid, "status": os.waitstatus_to_exitcode(status)}) + "\n")
 
 
 def read_models_once() -> None:
@@ -237,8 +236,6 @@ if __name__ == "__main__":
     import s3transfer.manager  # noqa: F401
     import torch
 
-    import opsin.data.loader
-    import opsin.data.streaming
     import zoo  # noqa: F401
 
     torch.set_num_threads(1)

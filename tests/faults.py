@@ -72,6 +72,7 @@ class Stores:
     def guarded(self) -> dict[str, str]:
         """Environment of a store that looks at credentials, with the data at ``s3://data/good``."""
         import boto3
+
         import stores
 
         with self._lock:
@@ -124,7 +125,11 @@ class Case:
 
     def arguments(self, setting: Setting) -> dict[str, Any]:
         common = {"download_retry": 2, "download_timeout": 2.0, **self.options}
-        return common if setting.cls == "opsin" else {**common, "validate_hash": "xxh64", **self.options, **self.stock}
+        return (
+            common
+            if setting.cls == "opsin"
+            else {**common, "validate_hash": "xxh64", **self.options, **self.stock}
+        )
 
 
 def run_case(stores: Stores, case: Case, setting: Setting) -> list[Outcome]:
@@ -199,7 +204,9 @@ def credentials(stores: Stores, setting: Setting, folder: Path, case: Case) -> T
     wrong = {**stores.guarded(), "AWS_SECRET_ACCESS_KEY": "not-the-secret"}
     for _ in range(2):
         options = case.arguments(setting)
-        yield finish(stores, case, stores.lab.job(setting, folder, "s3://data/good", options=options, env=wrong))
+        yield finish(
+            stores, case, stores.lab.job(setting, folder, "s3://data/good", options=options, env=wrong)
+        )
 
 
 def down(stores: Stores, setting: Setting, folder: Path, case: Case) -> Trials:
@@ -306,7 +313,9 @@ def killed_job(epoch: int, done: int) -> Any:
         job.kill()
         job.wait()
         states = [event["state"] for event in job.events() if "state" in event]
-        other = Setting(setting.cls, OTHER[setting.workers], setting.persistent and OTHER[setting.workers] > 0)
+        other = Setting(
+            setting.cls, OTHER[setting.workers], setting.persistent and OTHER[setting.workers] > 0
+        )
         resumed = stores.lab.job(
             other, folder, remote, options=options, env=env, state=states[-1] if states else None
         )
