@@ -24,9 +24,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
 
+from fault_data import Stores  # noqa: E402
 from fault_trials import LIMIT, Outcome, Setting  # noqa: E402
 from fault_zygote import LOADER_TIMEOUT  # noqa: E402
-from faults import BY_NAME, CASES, Case, Stores, run_case  # noqa: E402
+from faults import BY_NAME, CASES, Case, run_case  # noqa: E402
 
 RESULTS, PAGE = HERE / "results" / "faults.json", HERE.parent / "docs" / "faults.md"
 WORKERS = ((0, False), (1, False), (1, True), (2, False), (2, True), (4, False), (4, True))

@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 
 import runs
+from fault_data import Stores
 from fault_stores import Bucket
 from fault_trials import HANG, SHORT, WRONG, Outcome, Setting
-from faults import BY_NAME, Stores, run_case
+from faults import BY_NAME, run_case
 
 pytestmark = [
     pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="looks at shared memory as Linux shows it"),
@@ -44,6 +45,7 @@ class Trials:
         self.started = {
             (name, setting): self.pool.submit(run_case, self.stores, BY_NAME[name], setting)
             for name, setting in wanted
+            if setting.workers >= BY_NAME[name].least
         }
 
     def of(self, name: str, setting: Setting) -> list[Outcome]:
