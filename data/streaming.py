@@ -253,10 +253,10 @@ class StreamingVLMDataset(StreamingDataset):
             it.on_exit()
 
     def on_exception(self, future: Any) -> None:
-        """Keep a background thread's error for :meth:`__iter__`, which raises it."""
+        """Keep a background thread's error for :meth:`__iter__`, which raises it (upstream's is only logged)."""
         if future.exception():
-            self._failure = future.exception()
-        super().on_exception(future)
+            self._failure = self._failure or future.exception()
+            self._event.set()
 
     def sentence_counts(self, sample: int = 0) -> SentenceCounts | None:
         """Instruction-sentence counts of all streams together, from the files beside their indexes.
