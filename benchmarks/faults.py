@@ -61,6 +61,11 @@ def measure(
             }
             for done in as_completed(wanted):
                 case, setting = wanted[done]
+                if done.exception() is not None:  # of the trial itself
+                    print(
+                        f"{case.name} | {setting} | not run: {done.exception()}", file=sys.stderr, flush=True
+                    )
+                    continue
                 for run, outcome in enumerate(done.result(), 1):
                     found.append(row(case, setting, run, outcome))
                     print(f"{case.name} | {setting} | run {run} | {outcome}", flush=True)

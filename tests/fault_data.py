@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,14 @@ class Stores:
                     aws_access_key_id=found["AWS_ACCESS_KEY_ID"],
                     aws_secret_access_key=found["AWS_SECRET_ACCESS_KEY"],
                 )  # fmt: skip
-                client.create_bucket(Bucket="data")
+                for attempt in range(20):  # it answers before all of it is there
+                    try:
+                        client.create_bucket(Bucket="data")
+                        break
+                    except (BotoCoreError, ClientError):
+                        if attempt == 19:
+                            raise
+                        time.sleep(1)
                 for file in self.good.iterdir():
                     client.upload_file(str(file), "data", f"good/{file.name}")
                 self._guarded = found

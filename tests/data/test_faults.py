@@ -125,7 +125,7 @@ def train(bucket: Bucket, config: str, folder: Path, *arguments: str) -> subproc
     environment = {
         **os.environ,
         **bucket.environment,
-        "OPSIN_CACHE": str(folder / "opsin"),
+        "OPSIN_CACHE": str(folder / "copies"),
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
