@@ -89,20 +89,30 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 # --- the page
 
 
-def where(rows: Iterable[dict[str, Any]], all_: Iterable[dict[str, Any]]) -> str:
-    """With how many workers: ``2, 4 workers``; nothing where it is so with any."""
+def settings(rows: Iterable[dict[str, Any]]) -> dict[int, set[bool]]:
+    """Numbers of workers, and whether they were persistent."""
+    found: dict[int, set[bool]] = {}
+    for one in rows:
+        found.setdefault(one["workers"], set()).add(one["persistent"])
+    return found
 
-    def names(rows: Iterable[dict[str, Any]]) -> list[str]:
-        kinds: dict[int, set[bool]] = {}
-        for one in rows:
-            kinds.setdefault(one["workers"], set()).add(one["persistent"])
-        return [
-            f"{n}{' persistent' if kinds[n] == {True} else ''}{' not persistent' if n and kinds[n] == {False} else ''}"
-            for n in sorted(kinds)
-        ]
 
-    mine = names(rows)
-    return "" if mine == names(all_) else f" ({', '.join(mine)} worker{'s' if mine != ['1'] else ''})"
+def where(rows: list[dict[str, Any]], all_: list[dict[str, Any]]) -> str:
+    """With how many workers: `` (2, 4 workers)``; nothing where it is so with any."""
+    mine, theirs = settings(rows), settings(all_)
+    if mine == theirs:
+        return ""
+    kinds = {True: " persistent", False: " not persistent"}
+    names = [f"{n}{kinds[min(mine[n])] if mine[n] != theirs[n] else ''}" for n in sorted(mine)]
+    return f" ({', '.join(names)} worker{'' if names == ['1'] else 's'})"
+
+
+def covered(rows: list[dict[str, Any]]) -> str:
+    """The settings of some trials, in words."""
+    return ", ".join(
+        f"{n}{' (persistent)' if kinds == {True} else ' (persistent and not)' if len(kinds) > 1 else ''}"
+        for n, kinds in sorted(settings(rows).items())
+    )
 
 
 def cell(rows: list[dict[str, Any]]) -> str:
@@ -139,14 +149,15 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         if line not in seen:
             seen.add(line)
             told.append(f"- *{name}*: `{line}`")
-    right = sum(r["wanted"] for r in rows if r["class"] == "opsin")
-    total = sum(r["class"] == "opsin" for r in rows)
+    ours, others = ([r for r in rows if r["class"] == c] for c in ("opsin", "stock"))
+    right = sum(r["wanted"] for r in ours)
     return f"""# What becomes of a run when something breaks
 
 Made by `{command}` from real jobs on real servers ([cases](../tests/faults.py), [all trials](../benchmarks/results/faults.json)).
-Each case is run with 0, 1, 2 and 4 workers, persistent or not, twice on one cache: with Opsin's `StreamingVLMDataset` and
-`build_loader`, and with stock `streaming.StreamingDataset` 0.13.0 in a `torch` `DataLoader`. A cell that names no workers is
-the same with any number; `run 2` is said where the second run on the same cache ends otherwise. {right} of {total} of
+Each case is run twice on one cache, with Opsin's `StreamingVLMDataset` and `build_loader`, and with stock
+`streaming.StreamingDataset` 0.13.0 in a `torch` `DataLoader`. Workers, Opsin: {covered(ours)}; stock: {covered(others)}, of
+which rows that were measured last have fewer (see the trials). A cell that names no workers is the same with all of its
+own; `run 2` is said where the second run on the same cache ends otherwise. {right} of {len(ours)} of
 Opsin's trials end as they should.
 
 - *all, each once*: two epochs, every sample in each exactly once, with the bytes that were written.
@@ -154,7 +165,7 @@ Opsin's trials end as they should.
 - *error, unclear*: it ends, with an error that names no place, or another cause than the real one.
 - *short epoch, silent*: an epoch ends before its samples do and nothing is raised (a traceback may be logged).
 - *wrong bytes, silent*; *repeats, silent*: samples that were never written, or twice in an epoch, and nothing is raised.
-- *hang*: killed after {LIMIT:.0f} s.
+- *hang*: it would not end, and was killed after {LIMIT:.0f} s.
 
 | fault | Opsin | most s | stock Streaming |
 | --- | --- | --- | --- |
@@ -167,6 +178,9 @@ Opsin's DataLoader has `timeout: {LOADER_TIMEOUT:.0f}` (default 300) and its fir
 stock's DataLoader has no timeout, which is torch's default. Errors come once the retries that were asked for are used
 up: Streaming tries `download_retry` times, boto3 itself three to five times in each. Seconds are of processes that share
 two cores with {"{jobs}"} others: they show that nothing waits for ever, not how fast it is.
+
+With two or more workers stock's rows also have what its workers do to each other over one shared S3 connection, as in
+*nothing wrong*; that is chance, and may differ from run to run. So is whether two stock jobs take one number.
 
 **The faults.** Corrupt: one byte of a picture differs. Truncated, missing: half a shard, none; neither the first nor the
 last, which Opsin looks at when it opens a dataset. Worker killed, store killed: SIGKILL in mid-epoch; in run 2 all is well
