@@ -62,6 +62,7 @@ def trials(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     wanted = [
         (p["name"], p["setting"]) for p in chosen if "name" in p and isinstance(p.get("setting"), Setting)
     ]
+    wanted.sort(key=lambda each: each[1].cls, reverse=True)  # stock's first: they wait until they are killed
     made = Trials(tmp_path_factory.mktemp("faults"), wanted)
     yield made
     made.close()
