@@ -62,6 +62,7 @@ class Stores:
     def guarded(self) -> dict[str, str]:
         """Environment of a store that looks at credentials, with the data at ``s3://data/good``."""
         import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
 
         import stores
 
