@@ -68,7 +68,7 @@ class Stores:
 
         with self._lock:
             if self._guarded is None:
-                folder = self.root / "weed"
+                folder = self.root / f"weed-{uuid.uuid4().hex[:8]}"
                 folder.mkdir()
                 found = self._open.enter_context(stores.seaweedfs(folder))
                 client = boto3.client(
