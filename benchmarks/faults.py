@@ -155,8 +155,8 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
 
 Made by `{command}` from real jobs on real servers ([cases](../tests/faults.py), [all trials](../benchmarks/results/faults.json)).
 Each case is run twice on one cache, with Opsin's `StreamingVLMDataset` and `build_loader`, and with stock
-`streaming.StreamingDataset` 0.13.0 in a `torch` `DataLoader`. Workers, Opsin: {covered(ours)}; stock: {covered(others)}, of
-which rows that were measured last have fewer (see the trials). A cell that names no workers is the same with all of its
+`streaming.StreamingDataset` 0.13.0 in a `torch` `DataLoader`. Workers, Opsin: {covered(ours)}; stock: {covered(others)};
+not every row of stock's has all of these (see the trials). A cell that names no workers is the same with all of its
 own; `run 2` is said where the second run on the same cache ends otherwise. {right} of {len(ours)} of
 Opsin's trials end as they should.
 
