@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -11,8 +13,15 @@ from ..models.anatomy import image_encoder_for
 from ..models.errors import UserError
 from .chat import chat_template
 from .collate import VLMCollator
+from .dataset_check import address_of
 from .encode import ConversationEncoder
+from .messages import GO_ON
 from .streaming import StreamingVLMDataset
+
+_SILENT = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
+_KILLED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [^.]*|exited unexpectedly)"
+)
 
 
 def build_encoder(
@@ -76,7 +85,7 @@ def build_loader(
             "persistent_workers": persistent_workers,
             "timeout": timeout,
         }
-    return DataLoader(
+    return VLMLoader(
         dataset,
         batch_size=batch_size,
         collate_fn=collator,
@@ -85,3 +94,67 @@ def build_loader(
         drop_last=drop_last,
         **workers,
     )
+
+
+class VLMLoader(DataLoader):
+    """A DataLoader whose first error is its last.
+
+    A dead or silent worker is told in one line. After any error all workers end at once: torch would leave that to the
+    interpreter's exit, where each takes 5 s, and go on without the worker that had it if somebody asked.
+    """
+
+    def __iter__(self) -> Any:
+        """Batches of an epoch."""
+        return _Batches(super().__iter__(), self)
+
+
+class _Batches:
+    def __init__(self, batches: Any, loader: VLMLoader):
+        self.batches, self.loader = batches, loader
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __next__(self) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return next(self.batches)
+        except StopIteration:
+            raise
+        except Exception as error:
+            streams = getattr(self.loader.dataset, "streams", ())
+            lost = lost_worker(error, ", ".join(address_of(stream) for stream in streams))
+            self.failure = lost or error
+            if hasattr(self.batches, "_shutdown_workers"):
+                self.batches._shutdown_workers()
+                self.loader._iterator = None
+            if lost is None:
+                raise
+            raise lost from error
+
+
+def lost_worker(error: BaseException | None, where: str = "") -> UserError | None:
+    """What torch's error about a dead or silent worker comes to; None: it is another error.
+
+    Torch raises it wherever the main process is when the worker dies, so not only where it waits for a batch.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, UserError):
+        return None
+    place = f"{where}: " if where else ""
+    if silent := _SILENT.search(str(error)):
+        return UserError(
+            f"dataset: {place}no batch for {float(silent[1]):g} s (train_loader.timeout): its store does not answer, or "
+            f"num_workers are too few; {GO_ON}"
+        )
+    if killed := _KILLED.search(str(error)):
+        how = killed[2].removeprefix("is ").strip()
+        return UserError(
+            f"dataset: {place}the worker process {killed[1]} that loads data {how.replace('killed', 'was killed', 1)}, most "
+            f"often because memory ran out (lower train_loader.num_workers or prefetch_factor); {GO_ON}"
+        )
+    return None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,13 @@ from .shared_memory import own_cache
 FETCH_SECONDS = 300.0
 """Most time for a small file of a dataset: its index, its counts."""
 
+PART, OLD_SECONDS = ".part", 3600.0
+"""Ending of what has not yet come as a whole, and after how long nobody waits for the rest of it."""
+
+
+class Damaged(Exception):
+    """A file came, and not as it was written."""
+
 
 def cached(remote: str, split: str, local: str | None) -> Path:
     """Folder for a remote dataset's shards, with its index of now in it.
@@ -39,6 +49,7 @@ def cached(remote: str, split: str, local: str | None) -> Path:
         fresh = Path(temporary) / "index.json"
         fetch(remote, "index.json", fresh, split)
         content = fresh.read_bytes()
+    written_hashes(content, join_address(remote, split, "index.json"))  # or it would stay in the cache
     if local:
         folder = Path(local)
         own_cache(folder / split, given=True)
@@ -61,20 +72,37 @@ def cached(remote: str, split: str, local: str | None) -> Path:
 
 def shard_hash(options: Mapping[str, Any], validate_hash: str | None) -> str | None:
     """``auto``: the fastest hash that the dataset was written with; None where there is none."""
-    index = Path(options["local"]) / options.get("split", "") / "index.json"
+    split = options.get("split", "")
+    index = Path(options["local"]) / split / "index.json"
+    address = shown(join_address(options.get("remote") or options["local"], split))
     try:
-        shards = json.loads(index.read_text())["shards"]
-        written = shards[0]["raw_data"]["hashes"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"dataset: {index} is no index of MDS shards ({first_line(error)})") from error
+        written = written_hashes(index.read_bytes(), str(index))
+    except OSError as error:
+        raise UserError(f"dataset: {index} cannot be read ({first_line(error)})") from error
     if validate_hash not in ("auto", None) and validate_hash not in written:
         raise UserError(
-            f"dataset: validate_hash '{validate_hash}': {index.parent} was not written with it"
+            f"dataset: validate_hash '{validate_hash}': {address} was not written with it"
             f"{nearest(validate_hash, written)}; auto takes the fastest that is there, null checks nothing"
         )
     if validate_hash != "auto":
         return validate_hash
     return next((h for h in reversed(HASHES) if h in written), next(iter(written), None))
+
+
+def written_hashes(index: bytes, address: str) -> Mapping[str, str]:
+    """The hashes that an index has of its first shard.
+
+    Raises:
+        UserError: it is no index.
+    """
+    try:
+        hashes = json.loads(index)["shards"][0]["raw_data"]["hashes"]
+        return dict(hashes)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"dataset: {shown(address)} is no index of MDS shards ({first_line(error)}); copy it again, or write the "
+            "dataset anew"
+        ) from error
 
 
 def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
@@ -98,6 +126,37 @@ def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
         partial.unlink(missing_ok=True)
         kind = UserError if isinstance(error, ValueError) else Unreachable  # no such kind of store
         raise kind(f"dataset: cannot read {shown(address)}: {first_line(error)}") from error
+
+
+def is_final(error: Exception) -> bool:
+    """Whether it would be no use to try at once again: a full disk; a store that has let us wait for long."""
+    waited = ("ReadTimeoutError", "RetriesExceededError")
+    return isinstance(error, OSError) or type(error).__name__ in waited
+
+
+def why_not(address: str, error: Exception) -> str:
+    """Why a file could not be downloaded."""
+    if isinstance(error, Damaged):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kept = f" of {Path(error.filename).parent}" if error.filename else ""
+        return f"no space left on the disk{kept}; free some, or set `local` to another one"
+    if type(error).__name__ == "ClientError" and address.startswith(
+        "s3://"
+    ):  # Streaming says "not found" of any
+        try:
+            object_bytes(address)
+        except UserError as told:
+            return str(told)
+    return first_line(getattr(error, "last_exception", None) or error)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed jobs have not finished downloading; others may share the folder, so only what is old."""
+    for file in folder.glob(f"*{PART}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > OLD_SECONDS:
+                file.unlink()
 
 
 def join_address(*parts: str) -> str:

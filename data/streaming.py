@@ -1,15 +1,6 @@
 """Stored samples from local folders or object storage, on MosaicML Streaming, without its silent failures.
 
-Streaming 0.13.0 is the right engine and has four holes through which a run loses data without a word or waits
-for ever. :class:`SafeStream` and :class:`StreamingVLMDataset` close them:
-
-* the parent's S3 client is shared by forked workers, which then read each other's bytes -> every process
-  drops it and makes its own;
-* a shard that cannot be read ends the epoch early, without an error -> the error is raised;
-* ... and lets all other workers wait for ever -> the shard's state is reset, and who waits tries it again;
-* a shard that failed its checksum stays in the cache and is trusted by the next run -> it is deleted and
-  fetched once more.
-
+What Streaming 0.13.0 loses without a word or waits for, ``data/safe_dataset.py`` and ``data/streams.py`` see to.
 And it repeats samples where ranks do not divide an epoch -> ``data/partition.py`` deals each exactly once; a
 checkpoint made between two epochs begins the finished one again -> :meth:`StreamingVLMDataset.state_dict`. Weights of
 streams that change while training -> ``data/mixture.py``.
@@ -17,18 +8,13 @@ streams that change while training -> ``data/mixture.py``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import StreamingDataset
-from streaming.base.constant import TICK
-from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.shuffle import algos
 from streaming.base.util import number_abbrev_to_int
-from torch.utils.data import get_worker_info
 
 from ..models.errors import UserError, nearest
 from .dataset_check import check_streams, together
@@ -38,6 +24,7 @@ from .mixture_spec import check_weights, make_mixture
 from .partition import EXACT, FILLER, TAILS, places_a_rank
 from .patch_targets import COLUMN, PatchTargetsInfo
 from .remote import read_description, read_sentence_counts
+from .safe_dataset import SafeDataset
 from .schema import pack_images, stable_hash
 from .sentences import SentenceCounts
 from .shared_memory import private_names
@@ -70,7 +57,7 @@ def refuse_other_weights(streams: Mapping[str, Mapping[str, Any]], options: Mapp
         )
 
 
-class StreamingVLMDataset(StreamingDataset):
+class StreamingVLMDataset(SafeDataset):
     """Samples of ``schema.COLUMNS`` from one or several named streams.
 
     Each sample also carries ``uid`` (stable, 1 .. 2**63 - 1), ``visit`` (how often it was served before) and
@@ -134,17 +121,14 @@ class StreamingVLMDataset(StreamingDataset):
         if mixture is not None:
             refuse_other_weights(named, kwargs)
         self.stream_names = list(named)
-        self._opened = together(
+        opened = together(
             lambda: [open_stream(name, options, validate_hash) for name, options in named.items()]
         )
         private_names()
         try:
-            super().__init__(streams=self._opened, batch_size=batch_size, **kwargs)
+            super().__init__(streams=opened, batch_size=batch_size, **kwargs)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"dataset: {addresses(named)}: {first_line(error)}") from error
-        for shard in self.shards if self.cache_limit else ():
-            for part in getattr(shard, "parts", (shard,)):
-                part.stays_open = False
         self.tail = tail
         self.mixture: Mixture | None = None
         self.samples_a_rank = self.length  # before it is filled up or cut
@@ -156,7 +140,6 @@ class StreamingVLMDataset(StreamingDataset):
         self._visit_now: int | None = None
         self._visits = np.empty(0, np.int64)
         self._fillers = 0
-        self._failure: BaseException | None = None
         self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
         try:
             if mixture is not None:
@@ -184,76 +167,21 @@ class StreamingVLMDataset(StreamingDataset):
         """This worker's share of an epoch.
 
         Raises:
-            RuntimeError: a shard could not be read (stock Streaming ends the epoch here).
+            ShardUnreadable: as it says.
         """
-        if get_worker_info() is not None:
-            self._drop_clients()
-        self._failure, self._fillers = None, 0
-        finished = False
+        self._fillers = 0
         try:
             yield from super().__iter__()
-            finished = True
-        except UserError:  # what a sample of it holds is refused, and says so
-            raise
-        except Exception as error:  # it was there when the epoch began, and a sample of it was wanted
-            raise RuntimeError(f"a shard could not be read: {first_line(error)}") from error
         finally:
             self._visit_now = None
-            if not finished and hasattr(self, "_iterator"):
-                self._iterator.non_blocking_exit()
-        if self._failure is not None or self._event.is_set():
-            raise RuntimeError(f"a shard could not be read: {first_line(self._failure)}") from self._failure
         for _ in range(self._fillers):
             yield filler(self._epoch_now)
 
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard; if that fails, other workers may try instead of waiting for ever."""
-        # Asked for every sample; upstream takes the file lock of all processes each time. Nothing is lost by a look
-        # without it: whoever finds the file evicted meanwhile fetches it again, as upstream does.
-        if self._shard_states[shard_id] == _ShardState.LOCAL:
-            self._shard_access_times[shard_id] = time.time_ns()
-            return
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except BaseException:
-            if self._shard_states[shard_id] == _ShardState.PREPARING:
-                self._shard_states[shard_id] = _ShardState.REMOTE
-            raise
-
-    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        """Upstream's loop, which waits without a limit for shards that other processes fetch.
-
-        A shard that was passed over because another process had begun it, and that is remote again, failed
-        there: it is tried here, so that this process ends with the error too (a DataLoader shows errors in the
-        order of its workers, and would wait for this one first).
-        """
-        while not it.should_exit() and it.yield_index < it.total and not self._event.is_set():
-            sample_id = it.sample_ids[it.yield_index]
-            if it.ready_index <= it.yield_index:
-                if sample_id != -1 and it.prepare_index > it.yield_index:
-                    self._try_again(int(self.spanner[sample_id][0]))
-                time.sleep(TICK)
-                continue
-            if sample_id != -1:
-                if self.mixture is not None:
-                    self._visit_now = int(self._visits[it.yield_index])
-                yield sample_id
-            it.yield_index += 1
-        it.on_exit()
-
-    def _try_again(self, shard_id: int) -> None:
-        if self._shard_states[shard_id] == _ShardState.REMOTE:
-            try:
-                self.prepare_shard(shard_id, blocking=False)
-            except Exception as error:
-                self._failure = error
-                self._event.set()
-
-    def on_exception(self, future: Any) -> None:
-        """Keep a background thread's error for :meth:`__iter__`, which raises it."""
-        if future.exception():
-            self._failure = future.exception()
-        super().on_exception(future)
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        for sample_id in super()._each_sample_id(it):
+            if self.mixture is not None:
+                self._visit_now = int(self._visits[it.yield_index])
+            yield sample_id
 
     def sentence_counts(self, sample: int = 0) -> SentenceCounts | None:
         """Instruction-sentence counts of all streams together, from the files beside their indexes.
@@ -410,10 +338,3 @@ class StreamingVLMDataset(StreamingDataset):
                     f"{found[0][1].kind} and {info.kind}"
                 )
         return found[0][1] if found else None
-
-    def _drop_clients(self) -> None:
-        """Close connections to object storage: sockets must not be shared by forked processes."""
-        for stream in [*self._opened, *(s.targets for s in self._opened if s.targets is not None)]:
-            downloader = getattr(stream, "_downloader", None)
-            if downloader is not None:
-                downloader.clean_up()

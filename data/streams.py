@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streaming import Stream
 from streaming.base.format.mds.reader import MDSReader
+from streaming.base.hashing import get_hash
 
 from ..models.errors import UserError, nearest
 from .joined import join, prepare_joined, set_up_joined
-from .messages import shown
+from .messages import shown, unreadable
 from .patch_targets import COLUMN, PatchTargetsInfo
 from .reader import OpenReader
-from .remote import cached, read_description, shard_hash
+from .remote import (
+    PART,
+    Damaged,
+    cached,
+    is_final,
+    join_address,
+    read_description,
+    remove_partial,
+    shard_hash,
+    why_not,
+)
 from .sentences import dataset_hash
 
 IGNORE = "ignore"
@@ -64,6 +76,8 @@ class SafeStream(Stream):
             super().set_up_local(shards, cache_usage_per_shard)
             if self.remote is None:  # no copies, so cache_limit is not about them: here, and of no size
                 cache_usage_per_shard[:] = cache_usage_per_shard > 0
+            else:
+                remove_partial(Path(self.local) / self.split)
         else:
             set_up_joined(self, self.targets, shards, cache_usage_per_shard)
 
@@ -74,17 +88,54 @@ class SafeStream(Stream):
         return prepare_joined(self, self.targets, shard)
 
     def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
+        """A file of a shard, with one more try where it came damaged or its store failed.
+
+        Raises:
+            ShardUnreadable: with its address and the cause.
+        """
+        folder, stored = Path(self.local) / self.split, zip_info or raw_info
+        address = shown(join_address(self.remote or self.local, self.split, stored.basename))
+        if self.remote is None and not _is_here(folder, raw_info, zip_info):
+            raise unreadable(address, "it is not there any more")
         for attempt in range(2):
             try:
-                return super()._prepare_shard_part(raw_info, zip_info, compression)
-            except Exception:
+                count = 0
+                if self.remote is not None and not _is_here(folder, raw_info, zip_info):
+                    self._fetch(stored)
+                    count = stored.bytes
+                return count + super()._prepare_shard_part(raw_info, zip_info, compression)
+            except Exception as error:
                 if self.remote is not None:
                     for info in (raw_info, zip_info):
                         if info is not None:
-                            (Path(self.local) / self.split / info.basename).unlink(missing_ok=True)
-                if attempt or self.remote is None:
-                    raise
+                            (folder / info.basename).unlink(missing_ok=True)
+                            (folder / f"{info.basename}.tmp").unlink(missing_ok=True)
+                if attempt or self.remote is None or is_final(error):
+                    raise unreadable(address, why_not(address, error)) from error
         raise AssertionError("unreachable")
+
+    def _fetch(self, info: Any) -> None:
+        """Download a file; it has its name only when it is whole and right, whenever this process is killed."""
+        file = Path(self.local) / self.split / info.basename
+        partial = file.with_name(f"{file.name}.{os.getpid()}{PART}")
+        partial.unlink(missing_ok=True)
+        try:
+            self._download_file(info.basename, partial.name)
+            content = partial.read_bytes()
+            if len(content) != info.bytes:
+                raise Damaged(f"it has {len(content):,} bytes, the index says {info.bytes:,}")
+            name = self.validate_hash
+            if name and name in info.hashes and get_hash(name, content) != info.hashes[name]:
+                raise Damaged(
+                    f"its hash ({name}) is not that of the index; copy it again, or write the dataset anew"
+                )
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _is_here(folder: Path, raw_info: Any, zip_info: Any) -> bool:
+    return any((folder / info.basename).is_file() for info in (raw_info, zip_info) if info is not None)
 
 
 def _keep() -> int:

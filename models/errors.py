@@ -32,7 +32,7 @@ def one_line(error: UserError) -> str:
     """The line of an error; a DataLoader hands one from its workers on with their traceback as text."""
     text = str(error)
     if "\nOriginal Traceback" in text:
-        text = text.rpartition(f"{UserError.__name__}: ")[2].strip().partition("\n")[0]
+        text = text.rpartition(f"{type(error).__name__}: ")[2].strip().partition("\n")[0]
     return text
 
 

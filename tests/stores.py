@@ -46,7 +46,7 @@ def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
         weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}", f"-master.port={master}",
         f"-volume.port={volume}", f"-filer.port={filer}", "-s3", f"-s3.port={s3}",
         f"-s3.config={folder / 'identities.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=0",
-        "-master.telemetry=false",
+        "-master.telemetry=false", "-s3.port.iceberg=0",
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)

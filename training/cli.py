@@ -35,6 +35,10 @@ def main() -> None:
         _report(error)
     except BaseException as error:  # torch's CheckpointException is no Exception
         wrapped = user_error_in(error)  # a refusal in a worker, callback or checkpoint
+        if wrapped is None and isinstance(error, RuntimeError):
+            from ..data.loader import lost_worker  # here: a typo should not have to wait for it
+
+            wrapped = lost_worker(error)
         if wrapped is not None:
             _report(wrapped)
         if isinstance(error, BrokenPipeError):  # the reader of a pipe has left, as `head` does
