@@ -149,7 +149,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         if line not in seen:
             seen.add(line)
             told.append(f"- *{name}*: `{line}`")
-    ours, others = ([r for r in rows if r["class"] == c] for c in ("opsin", "stock"))
+    ours, others, mixed = ([r for r in rows if r["class"] == c] for c in ("opsin", "stock", "mixed"))
     right = sum(r["wanted"] for r in ours)
     return f"""# What becomes of a run when something breaks
 
@@ -158,7 +158,7 @@ Each case is run twice on one cache, with Opsin's `StreamingVLMDataset` and `bui
 `streaming.StreamingDataset` 0.13.0 in a `torch` `DataLoader`. Workers, Opsin: {covered(ours)}; stock: {covered(others)};
 not every row of stock's has all of these (see the trials). A cell that names no workers is the same with all of its
 own; `run 2` is said where the second run on the same cache ends otherwise. {right} of {len(ours)} of
-Opsin's trials end as they should.
+Opsin's trials end as they should; with a schedule of streams (`mixture`) switched on, {sum(r["wanted"] for r in mixed)} of {len(mixed)}.
 
 - *all, each once*: two epochs, every sample in each exactly once, with the bytes that were written.
 - *one clear error*: one line that names the shard or the address and the cause, and the process ends by itself.
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["opsin", "stock"], help="one class")
+    parser.add_argument("--only", choices=["opsin", "mixed", "stock"], help="one class")
     parser.add_argument(
         "--case", action="append", choices=list(BY_NAME), help="a case; may be given several times"
     )
@@ -213,7 +213,7 @@ def main() -> None:
     fresh: list[dict[str, Any]] = []
     if not given.page:
         cases = [BY_NAME[name] for name in given.case] if given.case else CASES
-        classes = [given.only] if given.only else ["opsin", "stock"]
+        classes = [given.only] if given.only else ["opsin", "mixed", "stock"]
         workers = list(WORKERS)
         if given.workers:
             workers = [(int(name.rstrip("p")), name.endswith("p")) for name in given.workers.split(",")]

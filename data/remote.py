@@ -32,6 +32,10 @@ PART, OLD_SECONDS = ".part", 3600.0
 """Ending of what has not yet come as a whole, and after how long nobody waits for the rest of it."""
 
 
+_WAITED = ("ReadTimeoutError", "RetriesExceededError")
+"""What boto3 calls it when it has waited as long as it may."""
+
+
 class Damaged(Exception):
     """A file came, and not as it was written."""
 
@@ -130,8 +134,7 @@ def fetch(remote: str, name: str, to: Path, split: str = "") -> None:
 
 def is_final(error: Exception) -> bool:
     """Whether it would be no use to try at once again: a full disk; a store that has let us wait for long."""
-    waited = ("ReadTimeoutError", "RetriesExceededError")
-    return isinstance(error, OSError) or type(error).__name__ in waited
+    return isinstance(error, OSError) or type(error).__name__ in _WAITED
 
 
 def why_not(address: str, error: Exception) -> str:
@@ -148,7 +151,10 @@ def why_not(address: str, error: Exception) -> str:
             object_bytes(address)
         except UserError as told:
             return str(told)
-    return first_line(getattr(error, "last_exception", None) or error)
+    last = getattr(error, "last_exception", None) or error
+    if type(last).__name__ == "ReadTimeoutError":  # its text names no endpoint
+        return "its store let us wait for too long (ReadTimeoutError); is it overloaded?"
+    return first_line(last)
 
 
 def remove_partial(folder: Path) -> None:

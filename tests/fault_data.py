@@ -21,7 +21,7 @@ SAMPLES = 96
 
 
 def write(folder: Path) -> dict[str, str]:
-    """The dataset of all trials: 96 samples in about 24 shards; id -> digest."""
+    """The dataset of all trials: 96 samples in 16 shards; id -> digest."""
     from streaming import MDSWriter
 
     samples = [zoo.sample(i, images=1 + i % 2, turns=1 + i % 2) for i in range(SAMPLES)]

@@ -33,7 +33,7 @@ LIMIT = 45.0
 
 @dataclass(frozen=True)
 class Setting:
-    """How a job reads: its class (``opsin`` or ``stock``) and its workers."""
+    """How a job reads: its class (``opsin``, ``mixed``: Opsin's with a schedule of streams, or ``stock``) and its workers."""
 
     cls: str
     workers: int
@@ -232,7 +232,7 @@ def judge(lab: Lab, jobs: list[Job], clear: str, blank: int = 0, lost: int = 0) 
         line, ours = errors[-1]["line"], errors[-1]["ours"]
         names = re.search(r"shard\.\d+|s3://|127\.0\.0\.1|index\.json", line)
         said = names and re.search(clear, line, re.IGNORECASE) and "\n" not in line
-        if jobs[-1].spec["cls"] == "opsin":
+        if jobs[-1].spec["cls"] != "stock":
             said = said and ours
         return made(CLEAR if said else UNCLEAR, line=line, detail=served)
     if any(job.status != 0 for job in jobs[lost:]):

@@ -65,12 +65,16 @@ def open_dataset(job: dict[str, Any]) -> Any:
         "batch_size": BATCH, "shuffle": True, "shuffle_seed": 5, "shuffle_block_size": 16, "predownload": 2,
         "num_canonical_nodes": 1, **job["options"],
     }  # fmt: skip
-    if job["cls"] == "opsin":
+    if job["cls"] != "stock":
         from opsin.data import object_store
         from opsin.data.streaming import StreamingVLMDataset
 
         object_store.CONNECT_SECONDS = object_store.READ_SECONDS = STORE_SECONDS
-        return StreamingVLMDataset(remote=job["remote"], local=job["local"], **options)
+        place = {"remote": job["remote"], "local": job["local"]}
+        if job["cls"] == "mixed":  # of one stream, so that an epoch is still each sample once
+            mixture = {"phases": [{"start": f"{at}ba", "weights": {"all": 1}} for at in (0, 10, 60)]}
+            return StreamingVLMDataset(streams={"all": place}, mixture=mixture, **options)
+        return StreamingVLMDataset(**place, **options)
     from streaming import StreamingDataset
     from streaming.base.shared import prefix
 
@@ -88,7 +92,7 @@ def open_loader(job: dict[str, Any], dataset: Any) -> Any:
     if job["workers"]:
         workers |= {"prefetch_factor": 1, "persistent_workers": job["persistent"]}
     collate = Encoded() if job["collate"] == "encoded" else digests
-    if job["cls"] == "opsin":
+    if job["cls"] != "stock":
         return build_loader(collate, dataset, BATCH, timeout=LOADER_TIMEOUT, **workers)  # type: ignore[arg-type]
     return DataLoader(dataset, batch_size=BATCH, collate_fn=collate, **workers)
 
@@ -135,7 +139,7 @@ def run(job: dict[str, Any]) -> int:
         state = job["state"]
         if state is not None:
             dataset.load_state_dict(state)
-        if job["cls"] == "opsin":
+        if job["cls"] != "stock":
             from opsin.data import shared_memory
 
             events.tell(token=shared_memory.job().token)

@@ -55,7 +55,7 @@ class Case:
         common = {"download_retry": 2, "download_timeout": 2.0, **self.options}
         return (
             common
-            if setting.cls == "opsin"
+            if setting.cls != "stock"
             else {**common, "validate_hash": "xxh64", **self.options, **self.stock}
         )
 
@@ -258,7 +258,7 @@ def two_jobs(stores: Stores, setting: Setting, folder: Path, case: Case) -> Tria
     for _ in range(2):
         jobs, number = [], None
         for which in "ab":
-            local = None if setting.cls == "opsin" else str(folder / which)
+            local = None if setting.cls != "stock" else str(folder / which)
             env = {**stores.shared.environment, "OPSIN_CACHE": str(folder / "opsin")}
             more = {} if number is None else {"number": number, "tmp": jobs[0].spec["tmp"]}
             jobs.append(

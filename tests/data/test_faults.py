@@ -34,6 +34,10 @@ SETTINGS = [
     pytest.param(Setting("opsin", workers, persistent), marks=[] if workers in (0, 2) and not persistent else pytest.mark.slow)
     for workers, persistent in ((0, False), (1, False), (1, True), (2, False), (2, True), (4, False), (4, True))
 ]  # fmt: skip
+SETTINGS += [
+    pytest.param(Setting("mixed", workers, persistent), marks=pytest.mark.slow)
+    for workers, persistent in ((0, False), (2, False), (4, True))
+]
 
 
 class Trials:
@@ -84,6 +88,20 @@ def test_a_fault_ends_in_recovery_or_in_one_clear_error(trials: Trials, name: st
     for token in [*first.tokens, *second.tokens]:  # nothing stays in shared memory, however they ended
         left = [path for path in Path("/dev/shm").glob(f"{token}*") if second.tokens]
         assert not left, left
+
+
+@pytest.mark.parametrize("setting", [Setting("mixed", 2, True)], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "corrupt shard",
+        "store killed, back within retries",
+        "job killed in mid-epoch",
+        "job killed between epochs",
+    ],
+)
+def test_it_does_with_a_schedule_of_streams_too(trials: Trials, name: str, setting: Setting) -> None:
+    test_a_fault_ends_in_recovery_or_in_one_clear_error(trials, name, setting)
 
 
 # --- stock: when one of these fails, upstream has mended it
