@@ -21,6 +21,8 @@ BENCHMARKS = {
     "ross_cost": [],
     "jarvis_masks": [],
     "jarvis_cost": [],
+    "data_speed": [],
+    "data_start": [],
 }
 
 
