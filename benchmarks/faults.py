@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from fault_data import Stores  # noqa: E402
 from fault_trials import LIMIT, Outcome, Setting  # noqa: E402
 from fault_zygote import LOADER_TIMEOUT  # noqa: E402
 from faults import BY_NAME, CASES, Case, run_case  # noqa: E402
+from stores import weed_binary  # noqa: E402
 
 RESULTS, PAGE = HERE / "results" / "faults.json", HERE.parent / "docs" / "faults.md"
 WORKERS = ((0, False), (1, False), (1, True), (2, False), (2, True), (4, False), (4, True))
@@ -57,7 +57,7 @@ def measure(
                 for each in workers
                 if each[0] >= case.least
                 and not (cls == "stock" and case.name == USERS_CODE)
-                and (shutil.which("weed") or case.name != "wrong credentials")
+                and (weed_binary() or case.name != "wrong credentials")
             }
             for done in as_completed(wanted):
                 case, setting = wanted[done]

