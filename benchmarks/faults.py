@@ -165,7 +165,7 @@ Opsin's trials end as they should; with a schedule of streams (`mixture`) switch
 - *error, unclear*: it ends, with an error that names no place, or another cause than the real one.
 - *short epoch, silent*: an epoch ends before its samples do and nothing is raised (a traceback may be logged).
 - *wrong bytes, silent*; *repeats, silent*: samples that were never written, or twice in an epoch, and nothing is raised.
-- *hang*: it would not end, and was killed after {LIMIT:.0f} s.
+- *hang*: nothing new came for {LIMIT:.0f} s, and it was killed.
 
 | fault | Opsin | most s | stock Streaming |
 | --- | --- | --- | --- |

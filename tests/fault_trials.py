@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 RECOVERED, CLEAR, UNCLEAR = "all, each once", "one clear error", "error, unclear"
 SHORT, WRONG, REPEATS, HANG = "short epoch, silent", "wrong bytes, silent", "repeats, silent", "hang"
 LIMIT = 45.0
-"""Seconds after which a job is killed."""
+"""Seconds without anything new after which a job is killed."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,13 @@ class Job:
             os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, limit: float = LIMIT) -> None:
-        """Until it ends; after the limit it is killed."""
-        until = time.monotonic() + limit
+        """Until it ends; when nothing new has come for so long, or after four times as long, it is killed."""
+        began = until = time.monotonic()
+        told, events = -1, Path(self.spec["events"])
         while (status := self.lab.ended.get(self.pid)) is None:
+            size = events.stat().st_size if events.is_file() else 0
+            if size != told:
+                told, until = size, min(time.monotonic() + limit, began + 4 * limit)
             if time.monotonic() > until and not self.hung:
                 self.hung = True
                 self.seconds = time.monotonic() - self.started
