@@ -37,7 +37,10 @@ def like(size: int, streams: int) -> Any:
     per_stream = np.full(streams, each, np.int64)
     weights = [(0, {names[0]: 1.0}), (100, dict.fromkeys(names, 1.0))]
     return SimpleNamespace(
-        mixture=Mixture(names, weights, global_batch=RANKS * BATCH), stream_names=names, samples_per_shard=shards,
+        mixture=Mixture(
+            names, weights, sizes=per_stream.tolist(), global_batch=RANKS * BATCH,
+            epoch_size=each * streams // (RANKS * BATCH) * (RANKS * BATCH),
+        ), stream_names=names, samples_per_shard=shards,
         shards_per_stream=np.full(streams, each // A_SHARD), samples_per_stream=per_stream,
         shard_offset_per_stream=np.arange(streams) * (each // A_SHARD),
         sample_offset_per_stream=np.arange(streams) * each, num_canonical_nodes=1, shuffle=True, shuffle_algo="py1e",
@@ -88,7 +91,7 @@ def main() -> None:
     body: dict[str, Any] = {"environment": report.environment("cpu"), "sizes": {}}
     rows = []
     for size in sizes:
-        repeats = 3 if size < 10**7 else 1
+        repeats = 3
         one, three = like(size, 1), like(size, 3)
         half = size // 2 // (RANKS * BATCH) * (RANKS * BATCH)
         found = {

@@ -34,18 +34,23 @@ SCHEDULED = "opsin_scheduled"
 BATCHES = ("mixed", "single")
 """``mixed``: each global batch has samples of all streams; ``single``: of one, as ViFT's code trains."""
 
+SMALL = 1024
+"""Samples of a stream whose passes are shuffled all at once."""
+
 _VISIT = 40
 """Bits of a place that hold the sample; those above hold how often its stream was walked through before."""
 
 
 class Mixture:
-    """The schedule of a run's streams, in global batches, and where an event has changed it.
+    """The schedule of a run's streams, in global batches, and where events have changed it.
 
     Args:
         names: of the streams.
         phases: global batch at which each starts (the first is 0) and the weights of the streams from there on; a
             stream that is not named has 0.
+        sizes: samples of each stream.
         global_batch: samples of all ranks a step.
+        epoch_size: samples an epoch, a multiple of it.
         ramp: one of ``data.schedule.RAMPS``.
         batches: one of :data:`BATCHES`.
     """
@@ -55,58 +60,99 @@ class Mixture:
         names: Sequence[str],
         phases: Sequence[tuple[int, Mapping[str, float]]],
         *,
+        sizes: Sequence[int],
         global_batch: int,
+        epoch_size: int,
         ramp: str = "step",
         batches: str = "mixed",
     ):
-        self.names, self.global_batch, self.ramp = list(names), global_batch, ramp
+        self.names, self.global_batch, self.epoch_batches = (
+            list(names),
+            global_batch,
+            epoch_size // global_batch,
+        )
         self._unit = global_batch if batches == "single" else 1  # samples that are counted as one
-        self.configured = [
-            [start, [float(weights.get(name, 0.0)) for name in names]] for start, weights in phases
+        self.phases = [
+            (start, [float(weights.get(name, 0.0)) for name in names]) for start, weights in phases
         ]
-        self.identity = stable_hash("mixture", *self.names, global_batch, ramp, batches, self.configured)
-        self._changed: dict[str, Any] = {}
-        self._schedule = self._build(self.configured, None)
-
-    def _build(self, phases: Sequence[Any], served: Sequence[int] | None) -> Schedule:
-        scale = self.global_batch // self._unit
-        return Schedule([start * scale for start, _ in phases], [w for _, w in phases], self.ramp, served)
+        self.identity = stable_hash(
+            "mixture",
+            *self.names,
+            list(map(int, sizes)),
+            global_batch,
+            epoch_size,
+            ramp,
+            batches,
+            self.phases,
+        )
+        scale = global_batch // self._unit
+        self._configured = Schedule(
+            [start * scale for start, _ in self.phases], [w for _, w in self.phases], ramp
+        )
+        self._changes: list[list[Any]] = []
+        self._since = 0
+        self._parts: list[tuple[int, Schedule]] = [(0, self._configured)]
 
     def weights_at(self, batch: int) -> dict[str, float]:
         """Shares of the streams at a global batch, summing to 1."""
-        shares = self._schedule.weights_at(batch * self.global_batch // self._unit)
+        schedule = [part for start, part in self._parts if start <= batch or part is self._parts[0][1]][-1]
+        shares = schedule.weights_at(batch * self.global_batch // self._unit)
         return dict(zip(self.names, shares.tolist(), strict=True))
 
     def counts(self, batches: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Samples of each stream before each of these global batches: (N,) -> (N, S)."""
-        return self._schedule.counts(batches * (self.global_batch // self._unit)) * self._unit
+        """Samples of each stream before each of these global batches: (N,) -> (N, S).
+
+        Raises:
+            ValueError: one belongs to an epoch that was over when an event changed the mixture.
+        """
+        counts = np.empty((len(batches), len(self.names)), np.int64)
+        which = np.searchsorted([start for start, _ in self._parts], batches, "right") - 1
+        for part in np.unique(which):
+            rows = which == part
+            schedule = self._parts[max(part, 0)][1]
+            counts[rows] = schedule.counts(batches[rows] * (self.global_batch // self._unit))
+        return counts * self._unit
 
     def change(self, weights: Mapping[str, float], batch: int) -> None:
-        """Other weights from a global batch on, for good; what was served until then stays as it was."""
+        """Other weights from a global batch on, where an epoch begins; what was served until then stays as it was."""
+        self._set(
+            [each for each in self._changes if each[0] < batch], self._since
+        )  # said twice: the last one counts
         served = self.counts(np.array([batch]))[0] // self._unit
         shares = [float(weights.get(name, 0.0)) for name in self.names]
-        self._changed = {"phases": [[batch, shares]], "served": served.tolist()}
-        self._schedule = self._build(**self._changed)
+        # The epoch before needs what is in force there; for all that were before a checkpoint has no room.
+        older = [each[0] for each in self._changes if each[0] <= batch - self.epoch_batches]
+        since = older[-1] if older else self._since
+        kept = [each for each in self._changes if each[0] >= since]
+        self._set([*kept, [batch, shares, served.tolist()]], since)
+
+    def _set(self, changes: list[list[Any]], since: int) -> None:
+        """Changes (global batch, weights, served before), complete from the global batch ``since`` on."""
+        if (changes, since) == (self._changes, self._since):
+            return
+        scale = self.global_batch // self._unit
+        made = [
+            (start, Schedule([start * scale], [weights], served=served)) for start, weights, served in changes
+        ]
+        self._changes, self._since = changes, since
+        self._parts = [*([] if since else [(0, self._configured)]), *made]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs; small, since Streaming hands it to workers on one page of memory."""
-        return {"identity": self.identity, **self._changed}
+        return {"identity": self.identity, "changes": self._changes, "since": self._since}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a change over that an event has made."""
-        changed = {key: state[key] for key in ("phases", "served") if key in state}
-        if changed != self._changed:
-            self._changed = changed
-            self._schedule = self._build(**changed) if changed else self._build(self.configured, None)
+        """Take over what events have changed."""
+        self._set([list(each) for each in state.get("changes", ())], int(state.get("since", 0)))
 
 
-def shared_state(prefix: int) -> dict[str, Any] | None:
-    """The mixture of the state that was last loaded in this job's parent process, for its workers."""
+def resume_state(prefix: int) -> dict[str, Any] | None:
+    """The state that a dataset of this job was told last, by which its workers start an epoch; None: it was not."""
     try:
         memory = SharedMemory(name=_get_path(prefix, RESUME), create=False)
     except FileNotFoundError:
         return None
-    return json.loads(bytes(memory.buf).split(b"\0")[0]).get("mixture")
+    return json.loads(bytes(memory.buf).split(b"\0")[0])
 
 
 def refuse_large(state: Mapping[str, Any]) -> None:
@@ -140,6 +186,22 @@ def pass_order(dataset: Any, stream: int, number: int) -> tuple[NDArray[np.int64
     return order + int(dataset.sample_offset_per_stream[stream]), nodes
 
 
+def small_passes(dataset: Any, stream: int, first: int, end: int) -> NDArray[np.int64]:
+    """Passes ``first`` .. ``end`` - 1 over a stream of few samples, one after the other, all at once.
+
+    An epoch may have very many of them. Every machine reads such a stream, so canonical nodes play no part.
+
+    Returns:
+        ((``end`` - ``first``) * n,) sample ids of the dataset.
+    """
+    size = int(dataset.samples_per_stream[stream])
+    order = np.broadcast_to(np.arange(size), (end - first, size))
+    if dataset.shuffle and size > 1:
+        seed = stable_hash("mixture", dataset.shuffle_seed, dataset.stream_names[stream])
+        order = keys(seed, torch.arange(first, end)[:, None], torch.arange(size)).numpy().argsort(1)
+    return order.reshape(-1) + int(dataset.sample_offset_per_stream[stream])
+
+
 def places(dataset: Any, first: int, end: int, nodes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Samples of the global batches ``first`` .. ``end`` - 1, by stream, and the machine that should read each.
 
@@ -157,6 +219,14 @@ def places(dataset: Any, first: int, end: int, nodes: int) -> tuple[NDArray[np.i
         low, high = int(counts[0, s]), int(counts[-1, s])
         batch = np.repeat(np.arange(end - first), taken[:, s])
         slot = np.arange(low, high) - counts[batch, s] + slots[batch, s]
+        if size <= SMALL:
+            start = low // size
+            order = small_passes(dataset, s, start, -(-high // size))[
+                low - start * size : high - start * size
+            ]
+            ids[batch, slot] = order + (np.arange(low, high) // size << _VISIT)
+            wanted[batch, slot] = np.arange(low, high) % nodes
+            continue
         for number in range(low // size, -(-high // size)):
             order, canonical = pass_order(dataset, s, number)
             a, b = max(low, number * size), min(high, (number + 1) * size)

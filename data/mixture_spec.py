@@ -16,7 +16,7 @@ KEYS = ("phases", "weights", "ramp", "batches", "duration")
 
 
 def make_mixture(
-    spec: Mapping[str, Any], names: Sequence[str], global_batch: int, epoch_size: int
+    spec: Mapping[str, Any], names: Sequence[str], sizes: Sequence[int], global_batch: int, epoch_size: int
 ) -> Mixture:
     """The mixture of a dataset.
 
@@ -26,6 +26,7 @@ def make_mixture(
             batch; ``ramp`` (``step`` or ``linear``); ``batches`` (``mixed`` or ``single``); ``duration``: what ``dur`` is
             a share of (a run's ``max_duration``).
         names: of the streams.
+        sizes: samples of each.
         global_batch: samples of all ranks a step.
         epoch_size: samples an epoch, a multiple of it.
 
@@ -61,12 +62,9 @@ def make_mixture(
             raise UserError(f"{at}.start: {phase['start']} is {start}ba; this phase must {must}")
         phases.append((start, check_weights(phase["weights"], names, f"{at}.weights")))
     return Mixture(
-        names,
-        phases,
-        global_batch=global_batch,
-        ramp=spec.get("ramp", RAMPS[0]),
-        batches=spec.get("batches", BATCHES[0]),
-    )
+        names, phases, sizes=sizes, global_batch=global_batch, epoch_size=epoch_size,
+        ramp=spec.get("ramp", RAMPS[0]), batches=spec.get("batches", BATCHES[0]),
+    )  # fmt: skip
 
 
 def check_weights(weights: Any, names: Sequence[str], where: str) -> dict[str, float]:
@@ -90,23 +88,25 @@ def check_weights(weights: Any, names: Sequence[str], where: str) -> dict[str, f
 
 def _batch(start: Any, where: str, global_batch: int, epoch_size: int, duration: Any) -> int:
     """The first whole global batch at or after a time of training."""
+    whole = isinstance(start, int) and not isinstance(start, bool)
+    if not whole and not isinstance(start, str):
+        raise UserError(f"{where}: {start}: use a number of batches, or 100ba, 2ep, 5000sp or 0.3dur")
     try:
-        time = Time.from_timestring(start) if isinstance(start, str) else Time(int(start), TimeUnit.BATCH)
+        time = Time.from_timestring(start) if isinstance(start, str) else Time(start, TimeUnit.BATCH)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: '{start}' is no time; use 100ba, 2ep, 5000sp or 0.3dur") from error
     samples = _samples(time, global_batch, epoch_size)
     if time.unit == TimeUnit.DURATION:
-        whole = (
-            None
-            if duration is None
-            else _samples(Time.from_timestring(str(duration)), global_batch, epoch_size)
-        )
-        if whole is None:
+        try:
+            of = _samples(Time.from_timestring(str(duration)), global_batch, epoch_size)
+        except (ValueError, TypeError):
+            of = None
+        if of is None:
             raise UserError(
                 f"{where}: {start} needs a duration in ba, ep or sp (a run's max_duration), not {duration}"
             )
-        samples = whole * time.value
-    if samples is None or samples < 0:
+        samples = of * time.value
+    if samples is None or not 0 <= samples < math.inf:
         raise UserError(f"{where}: '{start}': use ba, ep, sp or dur, from 0 on")
     return math.ceil(samples / global_batch - 1e-9)
 

@@ -47,8 +47,10 @@ class SafeDataset(StreamingDataset):
         self._failure: BaseException | None = None
         self._began = float("inf")
         super().__init__(streams=self._opened, **kwargs)
-        for shard in self.shards if self.cache_limit else ():
-            for part in getattr(shard, "parts", (shard,)):
+        parts = [getattr(shard, "parts", (shard,)) for shard in self.shards]
+        self._plain = [all(part.compression is None for part in each) for each in parts]
+        for each in parts if self.cache_limit else ():
+            for part in each:
                 part.stays_open = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -102,9 +104,10 @@ class SafeDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; if that fails, other workers say so too, instead of waiting for ever."""
-        # Asked for every sample; upstream takes the file lock of all processes each time. Nothing is lost by a look
-        # without it: whoever finds the file evicted meanwhile fetches it again, as upstream does.
-        if self._shard_states[shard_id] == _ShardState.LOCAL:
+        # Threads that read ahead ask for every sample; upstream takes the file lock of all processes each time. Nothing is
+        # lost by a look without it: whoever does not find the file asks with ``blocking``, and it is fetched again.
+        # (A compressed shard is LOCAL, too, where it has yet to be unpacked.)
+        if not blocking and self._plain[shard_id] and self._shard_states[shard_id] == _ShardState.LOCAL:
             self._shard_access_times[shard_id] = time.time_ns()
             return
         note = Path(f"{self._cache_filelock_path}-unreadable-{shard_id}")

@@ -102,6 +102,7 @@ class Schedule:
         served: Sequence[int] | None = None,
     ):
         given = np.asarray(weights, np.float64)
+        given = given / given.max(1, keepdims=True)  # or their sum might overflow
         given = given / given.sum(1, keepdims=True)
         streams = given.shape[1]
         counts = np.zeros(streams, np.int64) if served is None else np.asarray(served, np.int64)
@@ -120,8 +121,17 @@ class Schedule:
             self._phases.append(_Phase(int(start), given[i], slopes, counts, np.where(on, owed, 0.0)))
             owed = self._phases[-1].owed
 
+    def _refuse_before(self, positions: NDArray[np.int64]) -> None:
+        if positions.size and positions.min() < self.starts[0]:
+            raise ValueError(f"position {positions.min()} lies before the schedule's start, {self.starts[0]}")
+
     def weights_at(self, position: int) -> NDArray[np.float64]:
-        """Shares of the streams at a position: (S,), summing to 1."""
+        """Shares of the streams at a position: (S,), summing to 1.
+
+        Raises:
+            ValueError: it lies before the first phase.
+        """
+        self._refuse_before(np.array([position]))
         phase = self._phases[int(np.searchsorted(self.starts, position, "right")) - 1]
         return phase.weights + phase.slopes * (position - phase.start)
 
@@ -133,7 +143,11 @@ class Schedule:
 
         Returns:
             (N, S); rows add up to ``positions``, and no column falls where positions rise.
+
+        Raises:
+            ValueError: one lies before the first phase.
         """
+        self._refuse_before(positions)
         counts = np.empty((len(positions), len(self._phases[0].weights)), np.int64)
         which = np.searchsorted(self.starts, positions, "right") - 1
         for i, phase in enumerate(self._phases):

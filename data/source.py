@@ -42,8 +42,14 @@ class BadSample:
     detail: str
 
     def __str__(self) -> str:
-        name = f" (id '{self.id}')" if self.id else ""
-        return f"sample {self.position}{name}: " + (f"'{self.file}': " if self.file else "") + self.detail
+        name = f" (id {_quoted(self.id)})" if self.id else ""
+        file = f"{_quoted(self.file)}: " if self.file else ""
+        return f"sample {self.position}{name}: {file}{self.detail}"
+
+
+def _quoted(text: str) -> str:
+    """A name from a file of somebody's: on one line, and no longer than a line."""
+    return repr(text if len(text) <= 100 else f"{text[:97]}...")
 
 
 class Source(Protocol):

@@ -19,7 +19,7 @@ from streaming.base.util import number_abbrev_to_int
 from ..models.errors import UserError, nearest
 from .dataset_check import check_streams, together
 from .messages import first_line
-from .mixture import SCHEDULED, Mixture, refuse_large, shared_state, split_places
+from .mixture import SCHEDULED, Mixture, refuse_large, resume_state, split_places
 from .mixture_spec import check_weights, make_mixture
 from .partition import EXACT, FILLER, TAILS, places_a_rank
 from .patch_targets import COLUMN, PatchTargetsInfo
@@ -150,8 +150,15 @@ class StreamingVLMDataset(SafeDataset):
             raise
         self._drop_clients()
 
-    def __getitem__(self, at: int) -> dict[str, Any]:
-        """One stored sample, with ``uid``, ``visit`` and ``stream``."""
+    def __getitem__(self, at: Any) -> Any:
+        """One stored sample, with ``uid``, ``visit`` and ``stream``; a list of them for a slice or a list of indices."""
+        if isinstance(at, slice):
+            at = range(*at.indices(self.size))
+        if not isinstance(at, (int, np.integer)):
+            return [self[int(i)] for i in at]
+        if not -self.size <= at < self.size:
+            raise IndexError(f"sample {at} of {self.size}")
+        at = int(at) % self.size
         sample = super().__getitem__(at)
         shard, _ = self.spanner[at]
         stream = int(self.stream_per_shard[shard])
@@ -255,15 +262,21 @@ class StreamingVLMDataset(SafeDataset):
             saved or obj["epoch"] or obj["sample_in_epoch"]
         ):
             raise UserError(
-                "dataset: the checkpoint was made with another mixture (its streams, phases or global_train_batch_size "
-                "differ), so what comes next is not known: bring it back, or start a new run from its weights (init_from)"
+                "dataset: the checkpoint was made with another mixture (its streams or their sizes, its phases, epoch_size or "
+                "global_train_batch_size differ), so what comes next is not known: bring it back, or start a new run from "
+                "its weights (init_from)"
             )
         if self.mixture is not None and saved:
             self.mixture.load(saved)
+        refuse_large(obj)
+        # For workers of later epochs, too, whatever :meth:`set_mixture` has told them meanwhile.
+        for name in ("num_canonical_nodes", "shuffle_seed", "initial_physical_nodes"):
+            if obj.get(name) is not None:
+                setattr(self, name, obj[name])
         super().load_state_dict(obj)
 
     def set_mixture(self, weights: Mapping[str, float]) -> None:
-        """Other weights from the next epoch on; call it alike on all ranks, between two epochs.
+        """Other weights from the next epoch on; call it alike on all ranks.
 
         The change is part of :meth:`state_dict`, and reaches persistent workers.
 
@@ -276,34 +289,45 @@ class StreamingVLMDataset(SafeDataset):
         if self.mixture is None:
             raise UserError("dataset: it has no mixture that could be changed; give it one (dataset.mixture)")
         weights = check_weights(weights, self.stream_names, "mixture")
-        state = self.state_dict(0, True)  # before the change: it takes over what workers were told last
-        epoch = max(state["epoch"], self.next_epoch)
-        self.mixture.change(weights, epoch * self.epoch_size // self.mixture.global_batch)
-        state.update(epoch=epoch, sample_in_epoch=0, mixture=self.mixture.state())
-        refuse_large(state)
-        super().load_state_dict(state)
+        told = resume_state(self._shm_prefix_int)
+        if told is not None and told["epoch"] >= self.next_epoch:  # loaded, and not begun: its place stays
+            epoch = told["epoch"] + bool(told["sample_in_epoch"])
+        else:
+            # An epoch long over, which Streaming takes for an old state: it names no place to go on from.
+            epoch, told = self.next_epoch, {**super().state_dict(0, True), "epoch": -2, "sample_in_epoch": 0}
+        self.mixture.change(weights, epoch * self.mixture.epoch_batches)
+        told = {**told, "mixture": self.mixture.state()}
+        refuse_large(told)
+        super().load_state_dict(told)
 
     def _mix(self, spec: Mapping[str, Any], epoch_size: int | str | None) -> None:
         """Let the streams be mixed by a schedule."""
         ranks = self._parallel_rank_world.num_ranks
         batch = int(self.batch_size or 0) * ranks
-        total = int(self.samples_per_stream.sum())
-        size = number_abbrev_to_int(epoch_size) if epoch_size else max(total // batch, 1) * batch
+        held = [int(size) for size in self.samples_per_stream]
+        for name, each in zip(self.stream_names, held, strict=True):
+            if not each:
+                raise UserError(f"dataset.streams.{name}: it has no samples to mix; leave it out")
+        try:
+            size = (
+                max(sum(held) // batch, 1) * batch if epoch_size is None else number_abbrev_to_int(epoch_size)
+            )
+        except ValueError as error:
+            raise UserError(
+                f"dataset: epoch_size {epoch_size}: use a number of samples, or 10k or 2m"
+            ) from error
         if size < batch or size % batch:
             raise UserError(
                 f"dataset: epoch_size {epoch_size}: a mixture needs whole global batches of {batch}; use "
                 f"{max(round(size / batch), 1) * batch}"
             )
-        for name, held in zip(self.stream_names, self.samples_per_stream, strict=True):
-            if not held:
-                raise UserError(f"dataset.streams.{name}: it has no samples to mix; leave it out")
-        self.mixture = make_mixture(spec, self.stream_names, batch, size)
+        self.mixture = make_mixture(spec, self.stream_names, held, batch, size)
         self.batching_method, self.epoch_size = SCHEDULED, size
         self.length = self.samples_a_rank = size // ranks
 
     def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
         if self.mixture is not None:
-            self.mixture.load(shared_state(self._shm_prefix_int) or {})
+            self.mixture.load((resume_state(self._shm_prefix_int) or {}).get("mixture", {}))
         return super()._resume(world, epoch)
 
     def _resume_incr_epoch(self) -> tuple[int, int]:

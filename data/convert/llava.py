@@ -156,6 +156,8 @@ def write(
     if source.bad is not None and not skip_bad:  # known before anything is written
         raise UserError(f"{source.bad}; mend it, or leave bad samples out with --skip-bad")
     images = str(source.images.resolve())
+    if not len(source):
+        raise UserError(f"{out}: no sample to write: the list is empty")
     job = {"kind": "llava", "json": source.digest, "images": images, "samples": len(source)}
     return write_dataset(
         out, source, job, size_limit=size_limit, workers=workers, skip_bad=skip_bad, progress=progress,

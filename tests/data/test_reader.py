@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from streaming import MDSWriter, StreamingDataset
+from torch.utils.data import DataLoader
 
 from opsin.data import reader
 from opsin.data.reader import OpenReader
@@ -78,6 +79,48 @@ def test_a_dataset_written_anew_in_its_place_is_read_anew(tmp_path: Path) -> Non
     assert [s["id"] for s in second] == [s["id"] for s in SAMPLES[10:]]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_compressed_shards_are_unpacked_where_they_lie(tmp_path: Path, workers: int) -> None:
+    folder = tmp_path / "data"
+    with MDSWriter(
+        out=str(folder), columns=COLUMNS, hashes=list(HASHES), size_limit=4000, compression="zstd"
+    ) as writer:
+        for sample in SAMPLES:
+            writer.write(sample)
+    dataset = StreamingVLMDataset(remote=str(folder), batch_size=4, shuffle=True)
+    for _ in range(2):
+        loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=list, timeout=60 if workers else 0)
+        assert sorted(s["id"] for b in loader for s in b) == sorted(s["id"] for s in SAMPLES)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_that_somebody_has_deleted_are_fetched_again(s3: Path, own_cache: None, workers: int) -> None:
+    dataset = StreamingVLMDataset(remote=write("s3://data/deleted", SAMPLES), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    for _ in range(3):
+        loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=list, timeout=60 if workers else 0)
+        assert sorted(s["id"] for b in loader for s in b) == sorted(s["id"] for s in SAMPLES)
+        for file in Path(dataset.streams[0].local).glob("shard.*"):
+            file.unlink()
+        for shard in list(reader._open.values()):
+            shard.close()
+        reader._open.clear()  # as of a process that had not read them
+
+
+def test_a_dataset_is_indexed_as_streamings_own_is(tmp_path: Path) -> None:
+    dataset = StreamingVLMDataset(remote=write(tmp_path / "data", SAMPLES), batch_size=1, shuffle=False)
+    ids = [s["id"] for s in SAMPLES]
+    assert dataset[-1]["id"] == ids[-1] and dataset[np.int64(3)]["id"] == ids[3]
+    assert [s["id"] for s in dataset[2:9:3]] == ids[2:9:3]
+    assert (
+        [s["id"] for s in dataset[[5, -40]]]
+        == [s["id"] for s in dataset[np.array([5, 0])]]
+        == [ids[5], ids[0]]
+    )
+    for wrong in (40, -41):
+        with pytest.raises(IndexError, match=f"sample {wrong} of 40"):
+            dataset[wrong]
+
+
 def test_where_files_are_evicted_none_stays_open(s3: Path, own_cache: None) -> None:
     address = write("s3://data/evicted", SAMPLES)  # type: ignore[arg-type]
     dataset = StreamingVLMDataset(remote=address, batch_size=1, shuffle=False, cache_limit="16kb")
@@ -87,8 +130,6 @@ def test_where_files_are_evicted_none_stays_open(s3: Path, own_cache: None) -> N
 
 
 def test_processes_that_share_an_open_file_do_not_disturb_each_other(tmp_path: Path) -> None:
-    from torch.utils.data import DataLoader
-
     dataset = StreamingVLMDataset(remote=write(tmp_path / "data", SAMPLES * 5), batch_size=4, shuffle=True)
     [dataset[i] for i in range(0, 200, 3)]  # opened here, inherited by workers
     for _ in range(2):
