@@ -266,6 +266,20 @@ def _summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return out
 
 
+def profiled(reader: str, root: Path) -> str:
+    """Where the time of reading without decoding goes, on the main thread: the twelve dearest functions."""
+    import cProfile
+    import io
+    import pstats
+
+    epoch(reader, "folder", root, 0, True)  # files are warm then
+    profile = cProfile.Profile()
+    profile.runcall(epoch, reader, "folder", root, 0, True)
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(12)
+    return f"{NAMES[reader]}\n{text.getvalue().strip()}\n"
+
+
 def decoding(root: Path) -> float:
     """CPU milliseconds that decoding alone takes."""
     files = [p.read_bytes() for p in sorted((root / "llava" / "images").iterdir())[:1000]]
@@ -295,7 +309,15 @@ def main() -> None:
         ways = WAYS[where].items()
         print(json.dumps({name: epoch(reader, where, Path(root), *way) for name, way in ways}))
         return
-    options = report.parser(__doc__, ("all",), rounds=None).parse_args()
+    if "--profiled" in sys.argv:
+        reader, root = sys.argv[sys.argv.index("--profiled") + 1 :]
+        print(json.dumps(profiled(reader, Path(root))))
+        return
+    parser = report.parser(__doc__, ("all",), rounds=None)
+    parser.add_argument(
+        "--profile", action="store_true", help="also: where Opsin's and stock Streaming's time goes"
+    )
+    options = parser.parse_args()
     report.quiet()
     try:
         import datasets  # noqa: F401
@@ -310,6 +332,9 @@ def main() -> None:
         body["decoding_ms"] = decoding(root)
         report.console().print(f"decoding alone: {body['decoding_ms']:.3f} ms of CPU a sample")
         body["ways"] = compare(root, "folder", READERS, rounds)
+        if options.profile:
+            told = [in_fresh_process(__file__, ["--profiled", r, str(root)]) for r in ("opsin", "streaming")]
+            report.path_of("data_speed", options.quick, ".profile.txt").write_text("\n".join(map(str, told)))
         with served(root) as environment:
             os.environ.update(environment)
             body["ways"].update(compare(root, "s3", FROM_S3, rounds))

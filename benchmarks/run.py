@@ -21,7 +21,7 @@ BENCHMARKS = {
     "ross_cost": [],
     "jarvis_masks": [],
     "jarvis_cost": [],
-    "data_speed": [],
+    "data_speed": ["--profile"],
     "data_start": [],
 }
 
