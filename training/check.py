@@ -165,11 +165,13 @@ def _data(loaded: Loaded, stage: Stage, model: Any) -> str:
             duration=config.max_duration,
         )
     except UserError as error:
-        if dataset_config.remote in prepared:
+        if dataset_config.remote in prepared and not Path(str(dataset_config.remote)).exists():
             return f"data: {dataset_config.remote} is not there yet; the run will make it (prepare)"
         if isinstance(error, Unreachable):
             return f"data: not reachable from here, so steps and tokens are not known ({error})"
-        raise UserError(f"{stage.where(loaded, 'train_loader', 'dataset')}: {error}") from error
+        raise UserError(
+            f"{stage.where(loaded, 'train_loader', 'dataset')}: {str(error).removeprefix('dataset: ')}"
+        ) from error
     collator = build_collator(model, stage, config.train_loader)
     batch = collator(first_samples(dataset, 8))
     used = max(1, int((batch["sample_status"] == 0).sum()))
