@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 SETTINGS = [
-    pytest.param(Setting("opsin", workers, persistent), marks=[] if workers in (0, 2) and not persistent else pytest.mark.slow)
+    pytest.param(Setting("opsin", workers, persistent), marks=[] if workers == 2 and not persistent else pytest.mark.slow)
     for workers, persistent in ((0, False), (1, False), (1, True), (2, False), (2, True), (4, False), (4, True))
 ]  # fmt: skip
 SETTINGS += [
@@ -88,6 +88,15 @@ def test_a_fault_ends_in_recovery_or_in_one_clear_error(trials: Trials, name: st
     for token in [*first.tokens, *second.tokens]:  # nothing stays in shared memory, however they ended
         left = [path for path in Path("/dev/shm").glob(f"{token}*") if second.tokens]
         assert not left, left
+
+
+@pytest.mark.parametrize("setting", [Setting("opsin", 0)], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["corrupt shard", "missing shard", "store killed, back after retries", "job killed between epochs"],
+)
+def test_it_does_without_workers_too(trials: Trials, name: str, setting: Setting) -> None:
+    test_a_fault_ends_in_recovery_or_in_one_clear_error(trials, name, setting)
 
 
 @pytest.mark.parametrize("setting", [Setting("mixed", 2, True)], ids=str)

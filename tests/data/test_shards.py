@@ -269,7 +269,10 @@ def test_killed_within_an_upload(s3: Path, tmp_path: Path) -> None:
     for i, later in enumerate((0.002, 0.01, 0.03)):
         out = f"s3://data/within/{i}"
         killed_at(40, tmp_path, lambda out=out: write_toy(out, source, 1 << 21), later=later)
-        write_toy(out, source, 1 << 21)
+        try:
+            write_toy(out, source, 1 << 21)
+        except UserError as error:  # it was done before it was killed
+            assert f"{out}: not empty" in str(error)
         assert files(s3 / "data/within" / str(i)) == files(tmp_path / "whole")
 
 
