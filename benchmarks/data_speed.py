@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import report
+from data_readers import BATCH, BUCKET, decode, opened, write
 from measure import in_fresh_process, quartiles
 
-SAMPLES, BATCH, SIDE = 4096, 64, 224
+SAMPLES = 4096
 READERS = ("opsin", "streaming", "webdataset", "datasets", "llava")
 NAMES = {
     "opsin": "Opsin, StreamingVLMDataset",
@@ -34,141 +35,6 @@ NAMES = {
     "llava": "LLaVA JSON + folder",
 }
 FROM_S3 = ("opsin", "streaming", "webdataset")
-BUCKET = "bench"
-
-
-def pictures(count: int) -> Iterator[dict[str, Any]]:
-    """LLaVA's records with the bytes of a JPEG each, about 14 kB as photographs of that size have."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    for i in range(count):
-        coarse = Image.fromarray(random.integers(0, 255, (14, 14, 3), dtype=np.uint8))
-        fine = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.int16)
-        noisy = np.clip(fine + random.normal(0, 8, fine.shape), 0, 255).astype(np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(noisy).save(file, "JPEG", quality=85)
-        turns = [
-            {"from": "human", "value": "<image>\nWhat is to be seen?"},
-            {"from": "gpt", "value": f"Number {i}."},
-        ]
-        yield {"id": f"{i:06}", "conversations": turns, "jpeg": file.getvalue()}
-
-
-def write(root: Path, count: int) -> None:
-    """The same samples in every form."""
-    import datasets
-    import webdataset
-    from streaming import MDSWriter
-
-    from opsin.data.schema import COLUMNS, HASHES, pack_images
-
-    (root / "llava" / "images").mkdir(parents=True)
-    for name in ("mds", "tar"):
-        (root / name).mkdir()
-    listed, rows = [], []
-    with (
-        MDSWriter(out=str(root / "mds"), columns=COLUMNS, hashes=list(HASHES), size_limit=1 << 24) as mds,
-        webdataset.ShardWriter(f"{root}/tar/%05d.tar", maxsize=1 << 24, maxcount=10**9, verbose=0) as tar,
-    ):
-        for record in pictures(count):
-            name, jpeg, turns = record["id"], record["jpeg"], record["conversations"]
-            mds.write({"id": name, "conversations": turns, "images": pack_images([jpeg]), "meta": {}})
-            tar.write({"__key__": name, "jpg": jpeg, "json": {"id": name, "conversations": turns}})
-            (root / "llava" / "images" / f"{name}.jpg").write_bytes(jpeg)
-            listed.append({"id": name, "image": f"{name}.jpg", "conversations": turns})
-            rows.append({"id": name, "conversations": turns, "jpeg": jpeg})
-    (root / "llava" / "data.json").write_text(json.dumps(listed))
-    datasets.Dataset.from_list(rows).save_to_disk(str(root / "arrow"))
-
-
-def decode(jpeg: bytes) -> Any:
-    import io
-
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    return torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")))
-
-
-def opened(reader: str, where: str, root: Path, bare: bool) -> Any:
-    """An iterable or indexable dataset of (id, tensor, conversations); ``bare``: pictures stay encoded."""
-    from opsin.data.schema import unpack_images
-
-    made = (lambda jpeg: len(jpeg)) if bare else decode
-    place = str(root) if where == "folder" else f"s3://{BUCKET}"
-    cache = str(root / f"cache-{reader}-{time.time_ns()}")
-
-    if reader == "opsin":
-        from opsin.data.streaming import StreamingVLMDataset
-
-        class Ours(StreamingVLMDataset):
-            def __getitem__(self, at: int) -> Any:
-                sample = super().__getitem__(at)
-                return sample["id"], made(unpack_images(sample["images"])[0]), sample["conversations"]
-
-        local = {} if where == "folder" else {"local": cache}
-        return Ours(remote=f"{place}/mds", batch_size=BATCH, shuffle=True, num_canonical_nodes=1, **local)
-    if reader == "streaming":
-        from streaming import StreamingDataset
-
-        class Stock(StreamingDataset):
-            def __getitem__(self, at: int) -> Any:
-                sample = super().__getitem__(at)
-                return sample["id"], made(unpack_images(sample["images"])[0]), sample["conversations"]
-
-        local = {"local": f"{place}/mds"} if where == "folder" else {"remote": f"{place}/mds", "local": cache}
-        made_set = Stock(
-            batch_size=BATCH, shuffle=True, num_canonical_nodes=1, validate_hash="xxh64", **local
-        )
-        for stream in made_set.streams:  # else forked workers share its connection, and hang
-            if getattr(stream, "_downloader", None) is not None:
-                stream._downloader.clean_up()
-        return made_set
-    if reader == "webdataset":
-        import webdataset
-
-        urls = sorted(str(p) for p in (root / "tar").glob("*.tar"))
-        if where == "s3":
-            urls = [f"pipe:curl -s {os.environ['S3_ENDPOINT_URL']}/{BUCKET}/tar/{Path(u).name}" for u in urls]
-        return (
-            webdataset.WebDataset(urls, shardshuffle=len(urls), seed=1)
-            .shuffle(1000)
-            .map(lambda s: (s["__key__"], made(s["jpg"]), json.loads(s["json"])["conversations"]))
-        )
-    if reader == "datasets":
-        import datasets
-
-        class Arrow:
-            def __init__(self) -> None:
-                self.rows = datasets.load_from_disk(str(root / "arrow"))
-
-            def __len__(self) -> int:
-                return len(self.rows)
-
-            def __getitem__(self, at: int) -> Any:
-                row = self.rows[at]
-                return row["id"], made(row["jpeg"]), row["conversations"]
-
-        return Arrow()
-
-    class Folder:
-        def __init__(self) -> None:
-            self.rows = json.loads((root / "llava" / "data.json").read_text())
-
-        def __len__(self) -> int:
-            return len(self.rows)
-
-        def __getitem__(self, at: int) -> Any:
-            row = self.rows[at]
-            jpeg = (root / "llava" / "images" / row["image"]).read_bytes()
-            return row["id"], made(jpeg), row["conversations"]
-
-    return Folder()
 
 
 def cpu_seconds() -> float:

@@ -190,7 +190,8 @@ Opsin's take their caches by themselves, stock's were given one each. Unreadable
 blank row, which is counted and named; what stock users do then is their own code.
 
 **Not covered.** A corrupt shard in a local folder that is read in place: its size is checked, its hash is not. A shard
-whose bytes change in the cache after it was found right. Stores other than S3. Several nodes.
+whose bytes change in the cache after it was found right. Stores other than S3. Faults on several machines
+(without faults: `tests/data/test_caches.py`).
 
 ## What Opsin says
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -128,7 +130,8 @@ class _Batches:
             raise
         except Exception as error:
             streams = getattr(self.loader.dataset, "streams", ())
-            lost = lost_worker(error, ", ".join(address_of(stream) for stream in streams))
+            workers = getattr(self.batches, "_workers", ())
+            lost = lost_worker(error, ", ".join(address_of(stream) for stream in streams), workers)
             self.failure = lost or error
             if hasattr(self.batches, "_shutdown_workers"):
                 self.batches._shutdown_workers()
@@ -138,10 +141,17 @@ class _Batches:
             raise lost from error
 
 
-def lost_worker(error: BaseException | None, where: str = "") -> UserError | None:
+def lost_worker(
+    error: BaseException | None, where: str = "", workers: Sequence[BaseProcess] = ()
+) -> UserError | None:
     """What torch's error about a dead or silent worker comes to; None: it is another error.
 
     Torch raises it wherever the main process is when the worker dies, so not only where it waits for a batch.
+
+    Args:
+        error: what was raised.
+        where: address of the data.
+        workers: the loader's processes, whose exit codes say how one ended when torch no longer does.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, UserError):
         return None
@@ -152,9 +162,20 @@ def lost_worker(error: BaseException | None, where: str = "") -> UserError | Non
             f"num_workers are too few; {GO_ON}"
         )
     if killed := _KILLED.search(str(error)):
-        how = killed[2].removeprefix("is ").strip()
         return UserError(
-            f"dataset: {place}the worker process {killed[1]} that loads data {how.replace('killed', 'was killed', 1)}, most "
+            f"dataset: {place}the worker process {killed[1]} that loads data {_how_it_ended(error, killed, workers)}, most "
             f"often because memory ran out (lower train_loader.num_workers or prefetch_factor); {GO_ON}"
         )
     return None
+
+
+def _how_it_ended(error: BaseException, killed: re.Match[str], workers: Sequence[BaseProcess]) -> str:
+    """Torch names the signal only in the first of its two errors, which the second may hide or come before."""
+    if cause := _KILLED.search(str(error.__cause__)):
+        killed = cause
+    if killed[2] != "exited unexpectedly":
+        return killed[2].replace("is killed", "was killed", 1)
+    for worker in workers:
+        if str(worker.pid) == killed[1] and worker.exitcode is not None and worker.exitcode < 0:
+            return f"was killed by signal: {signal.Signals(-worker.exitcode).name}"
+    return killed[2]

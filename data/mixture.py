@@ -66,11 +66,8 @@ class Mixture:
         ramp: str = "step",
         batches: str = "mixed",
     ):
-        self.names, self.global_batch, self.epoch_batches = (
-            list(names),
-            global_batch,
-            epoch_size // global_batch,
-        )
+        self.names, self.global_batch = list(names), global_batch
+        self.epoch_batches = epoch_size // global_batch
         self._unit = global_batch if batches == "single" else 1  # samples that are counted as one
         self.phases = [
             (start, [float(weights.get(name, 0.0)) for name in names]) for start, weights in phases
@@ -95,7 +92,7 @@ class Mixture:
 
     def weights_at(self, batch: int) -> dict[str, float]:
         """Shares of the streams at a global batch, summing to 1."""
-        schedule = [part for start, part in self._parts if start <= batch or part is self._parts[0][1]][-1]
+        schedule = self._parts[int(self._which(np.array([batch]))[0])][1]
         shares = schedule.weights_at(batch * self.global_batch // self._unit)
         return dict(zip(self.names, shares.tolist(), strict=True))
 
@@ -106,12 +103,15 @@ class Mixture:
             ValueError: one belongs to an epoch that was over when an event changed the mixture.
         """
         counts = np.empty((len(batches), len(self.names)), np.int64)
-        which = np.searchsorted([start for start, _ in self._parts], batches, "right") - 1
+        which = self._which(batches)
         for part in np.unique(which):
             rows = which == part
-            schedule = self._parts[max(part, 0)][1]
-            counts[rows] = schedule.counts(batches[rows] * (self.global_batch // self._unit))
+            counts[rows] = self._parts[part][1].counts(batches[rows] * (self.global_batch // self._unit))
         return counts * self._unit
+
+    def _which(self, batches: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The part that each belongs to; what lies before all parts is the first one's to refuse."""
+        return np.maximum(np.searchsorted([start for start, _ in self._parts], batches, "right") - 1, 0)
 
     def change(self, weights: Mapping[str, float], batch: int) -> None:
         """Other weights from a global batch on, where an epoch begins; what was served until then stays as it was."""

@@ -67,6 +67,24 @@ def make_mixture(
     )  # fmt: skip
 
 
+def refuse_other_weights(streams: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    """Refuse what a mixture takes the place of.
+
+    Raises:
+        UserError: weights of streams, or a batching method.
+    """
+    for name, stream in streams.items():
+        for key in ("proportion", "repeat", "choose"):
+            if stream.get(key) is not None:
+                raise UserError(
+                    f"dataset.streams.{name}.{key}: weights stand in dataset.mixture; give them in one place"
+                )
+    if options.get("batching_method", "random") != "random":
+        raise UserError(
+            f"dataset: batching_method '{options['batching_method']}' and a mixture exclude each other"
+        )
+
+
 def check_weights(weights: Any, names: Sequence[str], where: str) -> dict[str, float]:
     """Weights of streams, by name; those that are not named get 0.
 

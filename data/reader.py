@@ -63,7 +63,7 @@ class OpenReader(MDSReader):
 
         Raises:
             FileNotFoundError: the shard is not here (Streaming fetches it then).
-            IndexError: it has no such sample.
+            IndexError: it has no such sample, or not all of it.
         """
         if not self.stays_open:
             return super().get_sample_data(idx)
@@ -75,9 +75,9 @@ class OpenReader(MDSReader):
         try:
             begin, end = shard.places[idx : idx + 2].tolist()
             data = os.pread(shard.file, end - begin, begin)
-        except ValueError:
-            data = b""
-        if not data:
+        except ValueError:  # the table is shorter
+            begin, end, data = 0, 1, b""
+        if not data or len(data) != end - begin:
             self.close()
             raise IndexError(f"sample {idx} is not present in the {self.raw_data.basename} file")
         return data

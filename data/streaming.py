@@ -20,7 +20,7 @@ from ..models.errors import UserError, nearest
 from .dataset_check import check_streams, together
 from .messages import first_line
 from .mixture import SCHEDULED, Mixture, refuse_large, resume_state, split_places
-from .mixture_spec import check_weights, make_mixture
+from .mixture_spec import check_weights, make_mixture, refuse_other_weights
 from .partition import EXACT, FILLER, TAILS, places_a_rank
 from .patch_targets import COLUMN, PatchTargetsInfo
 from .remote import read_description, read_sentence_counts
@@ -37,24 +37,6 @@ def filler(visit: int) -> dict[str, Any]:
     """What stands in a batch where an epoch has no sample left: all columns, and nothing in them."""
     sample = {"id": "", "conversations": [], "images": pack_images([]), "meta": {}, "stream": ""}
     return {**sample, "uid": 0, "visit": visit, "filler": True}
-
-
-def refuse_other_weights(streams: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
-    """Refuse what a mixture takes the place of.
-
-    Raises:
-        UserError: weights of streams, or a batching method.
-    """
-    for name, stream in streams.items():
-        for key in ("proportion", "repeat", "choose"):
-            if stream.get(key) is not None:
-                raise UserError(
-                    f"dataset.streams.{name}.{key}: weights stand in dataset.mixture; give them in one place"
-                )
-    if options.get("batching_method", "random") != "random":
-        raise UserError(
-            f"dataset: batching_method '{options['batching_method']}' and a mixture exclude each other"
-        )
 
 
 class StreamingVLMDataset(SafeDataset):

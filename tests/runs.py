@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from opsin.training import cli
 from opsin.training.config import Loaded, load
 
 SMALL: dict[str, Any] = {
@@ -87,3 +89,16 @@ def killed(config: str, folder: Path, lines: int) -> None:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
+
+
+def typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: str
+) -> tuple[int, str, str]:
+    """``opsin data ...`` in this process: exit code, and what it said on both streams."""
+    monkeypatch.setattr(cli, "_debug", False)
+    monkeypatch.setattr("sys.argv", ["opsin", "data", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+        sys.exit(0)
+    said = capsys.readouterr()
+    return int(left.value.code or 0), said.out, said.err

@@ -61,7 +61,7 @@ def llava(file: str, images: str, out: str, limit: int | None, skip_bad: bool, w
         written = write(out, source, skip_bad=skip_bad, workers=workers, progress=progress, resumed=resumed)
     print(f"{written.samples} samples in {shown(out)}, {written.counts.turns} user turns with pictures")
     if source.renamed:
-        print(f"{len(source.renamed)} samples had no id of their own and got one with their position")
+        print(f"{len(source.renamed)} samples had no id, or another's, and got one with their position")
     if source.unmarked:
         print(
             f"{source.unmarked} samples had pictures and no {IMAGE_MARK}; it was put in front of the question"

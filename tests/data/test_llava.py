@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from opsin.data.schema import unpack_images
 from opsin.data.sentences import SIDECAR, SentenceCounts
 from opsin.data.write import SKIPPED
 from opsin.models.errors import UserError
-from opsin.training import cli
 
+import runs
 from sources import files
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -176,16 +175,6 @@ def test_samples_are_found_again_by_their_places(
     assert found == samples
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(cli, "_debug", False)
-    monkeypatch.setattr("sys.argv", ["opsin", "data", *words])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-        sys.exit(0)
-    said = capsys.readouterr()
-    return int(left.value.code or 0), said.out, said.err
-
-
 def test_the_command_from_a_bucket_to_mending_a_picture(
     s3: Path, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -199,13 +188,13 @@ def test_the_command_from_a_bucket_to_mending_a_picture(
     picture = (images / "30.png").read_bytes()
     (images / "30.png").unlink()
     typed = ("llava", str(file), str(images), "--out", "s3://data/llava", "--workers", "1")
-    code, _, said = run(monkeypatch, capsys, *typed)
+    code, _, said = runs.typed(monkeypatch, capsys, *typed)
     assert code == 2 and said == (
         "opsin: sample 30 (id '30'): '30.png': no such file in the picture folder; mend it, or leave bad samples out "
         "with --skip-bad\n"
     )
     assert not (s3 / "data/llava/index.json").exists()
-    code, said, _ = run(monkeypatch, capsys, *typed, "--skip-bad", "--limit", "32")
+    code, said, _ = runs.typed(monkeypatch, capsys, *typed, "--skip-bad", "--limit", "32")
     assert (code, said.strip().splitlines()) == (
         0,
         [
@@ -216,14 +205,16 @@ def test_the_command_from_a_bucket_to_mending_a_picture(
     assert json.loads((s3 / "data/llava" / SKIPPED).read_text())["file"] == "30.png"
     (images / "30.png").write_bytes(picture)
     here = ("llava", str(file), str(images), "--out", str(tmp_path / "here"))
-    assert run(monkeypatch, capsys, *here)[0] == 0
+    assert runs.typed(monkeypatch, capsys, *here)[0] == 0
     assert unpack_images(LocalDataset(str(tmp_path / "here"))[30]["images"]) == [picture]
     assert Image.open(io.BytesIO(picture)).size == (24, 24)
-    code, _, said = run(monkeypatch, capsys, *here)
+    code, _, said = runs.typed(monkeypatch, capsys, *here)
     assert code == 2 and "not an empty folder" in said
-    code, _, said = run(monkeypatch, capsys, "llava", str(file), str(tmp_path / "nowhere"), "--out", "x")
+    code, _, said = runs.typed(
+        monkeypatch, capsys, "llava", str(file), str(tmp_path / "nowhere"), "--out", "x"
+    )
     assert code == 2 and said == f"opsin: {tmp_path}/nowhere: no folder of pictures\n"
-    code, _, said = run(monkeypatch, capsys, "llava", "none.json", str(images), "--out", "x")
+    code, _, said = runs.typed(monkeypatch, capsys, "llava", "none.json", str(images), "--out", "x")
     assert code == 2 and said == "opsin: none.json: cannot be read (No such file or directory)\n"
 
 

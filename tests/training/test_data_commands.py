@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -14,8 +13,8 @@ from PIL import Image
 
 from opsin.data import scenes
 from opsin.data.convert import easy_vqa, llava
-from opsin.training import cli
 
+import runs
 from sources import files
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -31,16 +30,6 @@ def stop_at(number: int) -> Callable[[int], None]:
     return stop
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(cli, "_debug", False)
-    monkeypatch.setattr("sys.argv", ["opsin", "data", *words])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-        sys.exit(0)
-    said = capsys.readouterr()
-    return int(left.value.code or 0), said.out, said.err
-
-
 def goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
@@ -50,16 +39,16 @@ def goes_on(
     samples: int,
 ) -> None:
     """A command, given again."""
-    code, said, error = run(monkeypatch, capsys, *words, "--out", out, "--workers", "1")
+    code, said, error = runs.typed(monkeypatch, capsys, *words, "--out", out, "--workers", "1")
     assert code == 0, error
     first, last = said.strip().splitlines()[0], said.strip().splitlines()[-1]
     there, _, rest = first.removeprefix(f"{out}: ").partition(" ")
     assert 0 < int(there) < samples and rest == "samples are there already"
     assert last.startswith(f"{samples} samples in {out}")
-    code, said, _ = run(monkeypatch, capsys, *words, "--out", f"{landed}-whole")
+    code, said, _ = runs.typed(monkeypatch, capsys, *words, "--out", f"{landed}-whole")
     assert code == 0 and "already" not in said
     assert files(landed) == files(Path(f"{landed}-whole"))
-    code, said, error = run(monkeypatch, capsys, *words, "--out", out)
+    code, said, error = runs.typed(monkeypatch, capsys, *words, "--out", out)
     assert code == 2 and ("not empty" in error) and error.count("\n") == 1
 
 
@@ -71,7 +60,9 @@ def test_scenes(
     out = "s3://data/scenes"
     with pytest.raises(KeyboardInterrupt):
         scenes.write(out, **settings, progress=stop_at(60))
-    code, _, error = run(monkeypatch, capsys, "scenes", "--samples", "80", "--set", "charts=0", "--out", out)
+    code, _, error = runs.typed(
+        monkeypatch, capsys, "scenes", "--samples", "80", "--set", "charts=0", "--out", out
+    )
     assert code == 2 and "holds a part of another job (config.charts: '" in error and error.count("\n") == 1
     goes_on(monkeypatch, capsys, ("scenes", "--samples", "80"), out, s3 / "data/scenes", 80)
 
@@ -86,7 +77,7 @@ def test_easy_vqa(
         easy_vqa.write(out, "test", limit=90, progress=stop_at(70))
     words = ("easy-vqa", "--split", "test", "--limit", "90")
     goes_on(monkeypatch, capsys, words, out, s3 / "data/easy", 90)
-    code, _, error = run(monkeypatch, capsys, *words, "--limit", "0", "--out", str(tmp_path / "none"))
+    code, _, error = runs.typed(monkeypatch, capsys, *words, "--limit", "0", "--out", str(tmp_path / "none"))
     assert code == 2 and error == "opsin: limit: at least 1, got 0\n"
 
 
@@ -104,7 +95,7 @@ def test_llava(
     file.write_text(json.dumps(samples))
     (pictures / "35.png").rename(tmp_path / "away.png")
     words, out = ("llava", str(file), str(pictures)), "s3://data/llava"
-    code, _, error = run(monkeypatch, capsys, *words, "--out", out)
+    code, _, error = runs.typed(monkeypatch, capsys, *words, "--out", out)
     assert code == 2 and error.startswith("opsin: sample 35 (id '35'): '35.png': no such file in")
     assert not (s3 / "data/llava/index.json").exists()
     (tmp_path / "away.png").rename(pictures / "35.png")
