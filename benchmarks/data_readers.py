@@ -49,7 +49,9 @@ def write(root: Path, count: int) -> None:
     listed, rows = [], []
     with (
         MDSWriter(out=str(root / "mds"), columns=COLUMNS, hashes=list(HASHES), size_limit=1 << 24) as mds,
-        webdataset.ShardWriter(f"{root}/tar/%05d.tar", maxsize=1 << 24, maxcount=10**9, verbose=0) as tar,
+        webdataset.ShardWriter(
+            f"{root}/tar/%05d.tar", maxsize=1 << 24, maxcount=max(count // 4, 1), verbose=0
+        ) as tar,
     ):
         for record in pictures(count):
             name, jpeg, turns = record["id"], record["jpeg"], record["conversations"]

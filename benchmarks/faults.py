@@ -177,7 +177,7 @@ Opsin's trials end as they should; with a schedule of streams (`mixture`) switch
 Opsin's DataLoader has `timeout: {LOADER_TIMEOUT:.0f}` (default 300) and its first look at a store waits 2 s (default 10 and 20), twice;
 stock's DataLoader has no timeout, which is torch's default. Errors come once the retries that were asked for are used
 up: Streaming tries `download_retry` times, boto3 itself three to five times in each. Seconds are of processes that share
-two cores with {"{jobs}"} others: they show that nothing waits for ever, not how fast it is.
+two cores with up to {"{jobs}"} others: they show that nothing waits for ever, not how fast it is.
 
 With two or more workers stock's rows also have what its workers do to each other over one shared S3 connection, as in
 *nothing wrong*; that is chance, and may differ from run to run. So is whether two stock jobs take one number.
@@ -225,9 +225,9 @@ def main() -> None:
         order = [case.name for case in CASES]
         rows = [*(r for r in kept["trials"] if key(r) not in anew), *fresh]
         rows.sort(key=lambda r: (order.index(r["case"]), r["class"], r["workers"], r["persistent"], r["run"]))
-        kept = {"jobs": given.jobs, "trials": rows}
+        kept = {"jobs": max(given.jobs, kept["jobs"]), "trials": rows}
         lines = ",\n".join(json.dumps(r) for r in rows)
-        RESULTS.write_text(f'{{"jobs": {given.jobs}, "trials": [\n{lines}\n]}}\n')
+        RESULTS.write_text(f'{{"jobs": {kept["jobs"]}, "trials": [\n{lines}\n]}}\n')
     text = page(kept["trials"], "python benchmarks/faults.py").replace("{jobs}", str(kept["jobs"] - 1))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(text)

@@ -177,5 +177,5 @@ def _how_it_ended(error: BaseException, killed: re.Match[str], workers: Sequence
         return killed[2].replace("is killed", "was killed", 1)
     for worker in workers:
         if str(worker.pid) == killed[1] and worker.exitcode is not None and worker.exitcode < 0:
-            return f"was killed by signal: {signal.Signals(-worker.exitcode).name}"
+            return f"was killed by signal: {signal.strsignal(-worker.exitcode)}"
     return killed[2]

@@ -158,16 +158,19 @@ def run(job: dict[str, Any]) -> int:
         events.tell(finished=True)
         return 0
     except BaseException as error:
-        events.tell(error=type(error).__name__, **said(error))
+        events.tell(error=type(error).__name__, **said(error, job["cls"]))
         traceback.print_exc()
         return 1
 
 
-def said(error: BaseException) -> dict[str, Any]:
-    """The line an error comes to: Opsin's own, or the last line of its text."""
+def said(error: BaseException, cls: str) -> dict[str, Any]:
+    """The line an error comes to: what ``opsin train`` says of it, or the last line of its text."""
+    from opsin.data.loader import lost_worker
     from opsin.models.errors import one_line, user_error_in
 
     ours = user_error_in(error)
+    if ours is None and cls != "stock":  # torch raises it wherever the main process is
+        ours = lost_worker(error)
     if ours is not None:
         return {"line": one_line(ours), "ours": True}
     lines = str(error).strip().splitlines() or [""]
