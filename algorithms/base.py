@@ -20,6 +20,7 @@ from ..models.vlm import VisionLanguageModel
 
 _HANDLERS: dict[Event, str] = {
     Event.INIT: "init",
+    Event.BEFORE_LOAD: "before_load",
     Event.AFTER_LOAD: "after_load",
     Event.FIT_START: "fit_start",
     Event.AFTER_DATALOADER: "after_dataloader",
@@ -27,6 +28,7 @@ _HANDLERS: dict[Event, str] = {
     Event.BEFORE_FORWARD: "before_forward",
     Event.AFTER_LOSS: "after_loss",
     Event.AFTER_BACKWARD: "after_backward",
+    Event.AFTER_TRAIN_BATCH: "after_train_batch",
     Event.BATCH_END: "batch_end",
     Event.EPOCH_END: "epoch_end",
     Event.FIT_END: "fit_end",
@@ -36,9 +38,9 @@ _HANDLERS: dict[Event, str] = {
 class VisionAlgorithm(Algorithm):
     """Base of Opsin's methods.
 
-    Subclasses have any of ``init``, ``after_load``, ``fit_start``, ``after_dataloader``, ``batch_start``,
-    ``before_forward``, ``after_loss``, ``after_backward``, ``batch_end``, ``epoch_end``, ``fit_end``; each
-    takes (model, state, logger). Only events with a handler match.
+    Subclasses have any of ``init``, ``before_load``, ``after_load``, ``fit_start``, ``after_dataloader``,
+    ``batch_start``, ``before_forward``, ``after_loss``, ``after_backward``, ``after_train_batch`` (before the optimizer's
+    update), ``batch_end``, ``epoch_end``, ``fit_end``; each takes (model, state, logger). Only events with a handler match.
 
     * ``after_dataloader``/``batch_start`` see the whole device batch on the CPU: rewrite labels, add small
       tensors under ``token/<name>`` (B, L), ``row/<name>`` (B, ...) or ``patch/<name>`` (P, ...), a function under
@@ -64,6 +66,19 @@ class VisionAlgorithm(Algorithm):
     def is_off(self) -> bool:
         """Whether the arguments switch the method off: then it does no work and attaches no head."""
         return False
+
+    def use(self, dataset: Any, duration: str | None) -> None:
+        """What the method does to the training data before anything is read, such as how its streams are mixed.
+
+        Called by ``--check``; a method that has something to do calls it in ``before_load``.
+
+        Args:
+            dataset: a ``data.streaming.StreamingVLMDataset``.
+            duration: of the training, in Composer's notation.
+
+        Raises:
+            UserError: the data is none for this method.
+        """
 
     def about(self, model: VisionLanguageModel) -> str | None:
         """One line on what the method made of its arguments (after INIT), printed before training; None: nothing."""

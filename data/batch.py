@@ -32,7 +32,14 @@ _PER_TOKEN = (
     "roles",
     "sentence_ids",
 )
-_PER_ROW = ("document_uid", "document_visit", "refused", "views_per_row", "images_per_row")
+_PER_ROW = (
+    "document_uid",
+    "document_visit",
+    "document_sample",
+    "refused",
+    "views_per_row",
+    "images_per_row",
+)
 _TOKEN, _ROW, _PATCH = "token/", "row/", "patch/"
 """Prefixes under which a method adds its own small tensors to a device batch: (B, L), (B, ...), (P, ...)."""
 CUT = "cut/"
@@ -244,7 +251,13 @@ def _with_blank_rows(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Append blank rows: one visible padding token, no labels, no pictures."""
     batch = dict(batch)
-    blank = {"document_ids": -1, "turn_ids": -1, "image_ids": -1, "labels": IGNORE_INDEX}
+    blank = {
+        "document_ids": -1,
+        "turn_ids": -1,
+        "image_ids": -1,
+        "labels": IGNORE_INDEX,
+        "document_sample": -1,
+    }
     for key in (*_PER_TOKEN, *_PER_ROW, "labels", *_added(batch)):
         value = batch[key]
         shape = (count, *value.shape[1:])

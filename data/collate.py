@@ -19,6 +19,7 @@ roles                (B, L) int8             schema.Role
 sentence_ids         (B, L) int64            stable hash of the instruction sentence, 0: none
 document_uid         (B, D) int64            stable sample id, 0: none
 document_visit       (B, D) int64            how often the sample was served before
+document_sample      (B, D) int64            which sample of the device batch it is, -1: none
 refused              (B, D) bool             documents whose labels a method's guard drops
 view_row             (V,) int64              row of each view, in order of appearance
 view_document        (V,) int64              document in that row
@@ -35,6 +36,8 @@ patch_targets        (P, M) bfloat16         stored targets of the P patches of 
                                              row; only where the dataset has them, absent without pictures
 sample_status        (N,) int8               encode.Status of each sample; blank ones keep their place
 truncated_turns      (N,) int64              exchanges of each sample that did not fit and were left out
+sample_stream        (N,) int16              number of its stream in the dataset, -1: none (what fills up an epoch)
+sample_ids           N str                   its id, for messages
 ===================  ======================  ===========================================================
 """
 
@@ -90,7 +93,7 @@ class VLMCollator:
         if self.pad_token_id is None:
             raise UserError("the tokenizer has neither a pad token nor an end-of-sequence token")
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """N samples (columns of ``schema.COLUMNS``; ``visit`` when the dataset knows it) -> a device batch.
 
         Those with ``filler`` (``data/partition.py``) keep their place and are blank.
@@ -112,20 +115,24 @@ class VLMCollator:
         batch["sample_status"] = torch.from_numpy(status)
         left_out = [0 if d is None else d.truncated_turns for d in documents]
         batch["truncated_turns"] = torch.tensor(left_out, dtype=torch.int64)
+        streams = [-1 if s.get("filler") else s.get("stream_id", 0) for s in samples]
+        batch["sample_stream"] = torch.tensor(streams, dtype=torch.int16)
+        batch["sample_ids"] = [str(s.get("id", "")) for s in samples]
         return batch
 
-    def layout(self, documents: Sequence[Document | None]) -> dict[str, torch.Tensor]:
-        """Documents (None: blank) -> a device batch without ``sample_status``."""
+    def layout(self, documents: Sequence[Document | None]) -> dict[str, Any]:
+        """Documents (None: blank) -> a device batch without what is said of each sample."""
+        numbered = list(enumerate(documents))
         if self.packing:
-            used = [d for d in documents if d is not None]
-            packed = first_fit_decreasing([len(d) for d in used], self.encoder.max_seq_len)
+            used = [(i, d) for i, d in numbered if d is not None]
+            packed = first_fit_decreasing([len(d) for _, d in used], self.encoder.max_seq_len)
             rows = [[used[i] for i in row] for row in packed] or [[]]
         else:
-            rows = [[] if d is None else [d] for d in documents]
+            rows = [[] if d is None else [(i, d)] for i, d in numbered]
         return self._tensors(rows)
 
-    def _tensors(self, rows: list[list[Document]]) -> dict[str, torch.Tensor]:
-        longest = max((sum(map(len, row)) for row in rows), default=0)
+    def _tensors(self, rows: list[list[tuple[int, Document]]]) -> dict[str, Any]:
+        longest = max((sum(len(d) for _, d in row) for row in rows), default=0)
         multiple = self.pad_to_multiple_of
         length = max(-(-longest // multiple) * multiple, multiple)
         count, most = len(rows), max(1, max(len(row) for row in rows))
@@ -143,16 +150,17 @@ class VLMCollator:
             "sentence_ids": np.zeros((count, length), np.int64),
             "document_uid": np.zeros((count, most), np.int64),
             "document_visit": np.zeros((count, most), np.int64),
+            "document_sample": np.full((count, most), -1, np.int64),
         }
         views: list[tuple] = []
         images: list[EncodedImage] = []
         views_per_row, images_per_row = np.zeros(count, np.int64), np.zeros(count, np.int64)
         for r, row in enumerate(rows):
-            at = 0 if self.padding_side == "right" else length - sum(map(len, row))
+            at = 0 if self.padding_side == "right" else length - sum(len(d) for _, d in row)
             if not row:
                 # One visible token, so that no softmax of a stock mask runs over nothing.
                 out["attention_mask"][r, 0] = 1
-            for d, document in enumerate(row):
+            for d, (number, document) in enumerate(row):
                 span = slice(at, at + len(document))
                 out["input_ids"][r, span] = document.input_ids
                 out["attention_mask"][r, span] = 1
@@ -166,6 +174,7 @@ class VLMCollator:
                 out["image_ids"][r, span] = ordinals
                 out["document_uid"][r, d] = document.uid
                 out["document_visit"][r, d] = document.visit
+                out["document_sample"][r, d] = number
                 for i, (image, start) in enumerate(zip(document.images, document.image_starts, strict=True)):
                     views += [(r, d, i, v.grid, v.box, at + start + v.start, v.stride) for v in image.views]
                     images.append(image)
@@ -185,7 +194,7 @@ class VLMCollator:
         out["view_stride"] = np.array(column[6], np.int64)
         out["views_per_row"], out["images_per_row"] = views_per_row, images_per_row
         out["pixel_rows"] = np.array([i.pixel_rows for i in images], np.int64)
-        batch = {key: torch.from_numpy(value) for key, value in out.items()}
+        batch: dict[str, Any] = {key: torch.from_numpy(value) for key, value in out.items()}
         batch.update(self.encoder.images.stack(images))
         targets = stacked(images)
         if targets is not None:

@@ -14,6 +14,9 @@ from .schedule import RAMPS
 
 KEYS = ("phases", "weights", "ramp", "batches", "duration")
 
+KINDS = ("caption", "text", "instruction")
+"""What a stream holds: pictures with captions and no question; no pictures; questions about pictures."""
+
 
 def make_mixture(
     spec: Mapping[str, Any], names: Sequence[str], sizes: Sequence[int], global_batch: int, epoch_size: int
@@ -65,6 +68,41 @@ def make_mixture(
         names, phases, sizes=sizes, global_batch=global_batch, epoch_size=epoch_size,
         ramp=spec.get("ramp", RAMPS[0]), batches=spec.get("batches", BATCHES[0]),
     )  # fmt: skip
+
+
+def take_kinds(
+    streams: Mapping[str, Mapping[str, Any]], mixture: Mapping[str, Any] | None
+) -> tuple[dict[str, dict[str, Any]], list[str | None], Mapping[str, Any] | None]:
+    """What a configuration says of its streams beside where they are: ``kind`` and ``weight``.
+
+    Returns:
+        the streams without these keys; the kind of each (:data:`KINDS`, or None); the mixture, made of the weights where
+        they stand with the streams.
+
+    Raises:
+        UserError: an unknown kind, or weights in two places or for some streams only.
+    """
+    kinds: list[str | None] = []
+    weights: dict[str, Any] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for name, options in streams.items():
+        rest[name] = {k: v for k, v in options.items() if k not in ("kind", "weight")}
+        kind = options.get("kind")
+        if kind is not None and kind not in KINDS:
+            raise UserError(f"dataset.streams.{name}.kind '{kind}': unknown{nearest(str(kind), KINDS)}")
+        kinds.append(kind)
+        if options.get("weight") is not None:
+            weights[name] = options["weight"]
+    if not weights:
+        return rest, kinds, mixture
+    for name in streams:
+        if name not in weights:
+            raise UserError(
+                f"dataset.streams.{name}: it has no weight, and other streams do; 0 leaves it out"
+            )
+    if mixture is not None and ("weights" in mixture or "phases" in mixture):
+        raise UserError("dataset: weights stand in streams and in mixture; give them in one place")
+    return rest, kinds, {**(mixture or {}), "weights": weights}
 
 
 def refuse_other_weights(streams: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> None:

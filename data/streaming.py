@@ -20,7 +20,7 @@ from ..models.errors import UserError, nearest
 from .dataset_check import check_streams, together
 from .messages import first_line
 from .mixture import SCHEDULED, Mixture, refuse_large, resume_state, split_places
-from .mixture_spec import check_weights, make_mixture, refuse_other_weights
+from .mixture_spec import check_weights, make_mixture, refuse_other_weights, take_kinds
 from .partition import EXACT, FILLER, TAILS, places_a_rank
 from .patch_targets import COLUMN, PatchTargetsInfo
 from .remote import read_description, read_sentence_counts
@@ -42,14 +42,14 @@ def filler(visit: int) -> dict[str, Any]:
 class StreamingVLMDataset(SafeDataset):
     """Samples of ``schema.COLUMNS`` from one or several named streams.
 
-    Each sample also carries ``uid`` (stable, 1 .. 2**63 - 1), ``visit`` (how often it was served before) and
-    ``stream`` (name), and ``patch_targets`` where they are stored; ``patch_targets_info`` says what they are.
+    Each sample also carries ``uid`` (stable, 1 .. 2**63 - 1), ``visit`` (how often it was served before),
+    ``stream`` (name) and ``stream_id`` (its number), and ``patch_targets`` where they are stored; ``patch_targets_info`` says what they are.
     Several ranks get each sample exactly once an epoch; where their numbers do not come out even, some end on
     samples with ``filler: True`` (``uid`` 0, nothing in them), which the collator makes blank rows.
 
     Args:
-        streams: name -> arguments of :class:`SafeStream` (``remote``, ``local``, ``proportion`` ...), or a
-            single remote under ``remote``.
+        streams: name -> arguments of :class:`SafeStream` (``remote``, ``local``, ``proportion`` ...), ``kind``
+            (``data.mixture_spec.KINDS``) and ``weight`` (a mixture that never changes); or a single remote under ``remote``.
         remote: folder or URL (``s3://``, ``gs://``, ``azure://``, ``oci://``) of a single stream.
         local: where its shards are cached; default: beside the other caches of this user, by remote. A
             remote that is a local folder is read in place.
@@ -89,19 +89,22 @@ class StreamingVLMDataset(SafeDataset):
             raise UserError(f"dataset: tail '{tail}': unknown{nearest(tail, TAILS)}")
         if bool(streams) == bool(remote):
             raise UserError("dataset: give either remote or streams")
-        named: dict[str, Mapping[str, Any]] = dict(streams or {"default": {"remote": remote, "local": local}})
+        given: dict[str, Mapping[str, Any]] = dict(streams or {"default": {"remote": remote, "local": local}})
         if patch_targets is not None:
-            if len(named) > 1 and patch_targets != IGNORE:
+            if len(given) > 1 and patch_targets != IGNORE:
                 raise UserError(
                     f"dataset: {COLUMN}: several streams each name their own: streams.NAME.{COLUMN}"
                 )
-            named = {name: {COLUMN: patch_targets, **options} for name, options in named.items()}
+            given = {name: {COLUMN: patch_targets, **options} for name, options in given.items()}
+        named, self.stream_kinds, mixture = take_kinds(given, mixture)
         algorithm = kwargs.get("shuffle_algo")
         if algorithm is not None and algorithm not in algos:  # Streaming looks when an epoch starts
             raise UserError(f"dataset: shuffle_algo '{algorithm}': unknown{nearest(str(algorithm), algos)}")
-        size = kwargs.pop("epoch_size", None) if mixture is not None else None
+        self._asked = {"streams": named, "batching_method": kwargs.get("batching_method", "random")}
+        self._epoch_size_asked = kwargs.get("epoch_size")
         if mixture is not None:
-            refuse_other_weights(named, kwargs)
+            kwargs.pop("epoch_size", None)
+            refuse_other_weights(named, self._asked)
         self.stream_names = list(named)
         opened = together(
             lambda: [open_stream(name, options, validate_hash) for name, options in named.items()]
@@ -113,6 +116,7 @@ class StreamingVLMDataset(SafeDataset):
             raise UserError(f"dataset: {addresses(named)}: {first_line(error)}") from error
         self.tail = tail
         self.mixture: Mixture | None = None
+        self.mixture_spec: dict[str, Any] | None = None
         self.samples_a_rank = self.length  # before it is filled up or cut
         if self.batching_method == "random" and mixture is None:
             self.batching_method = EXACT
@@ -125,7 +129,7 @@ class StreamingVLMDataset(SafeDataset):
         self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
         try:
             if mixture is not None:
-                self._mix(mixture, size)
+                self._mix(mixture, self._epoch_size_asked)
             self.patch_targets_info = together(lambda: self._check_and_describe(whole))
         except BaseException:
             self.__del__()  # whoever holds the error holds this, too, and the cache must be free for another try
@@ -149,7 +153,7 @@ class StreamingVLMDataset(SafeDataset):
             sample.pop(COLUMN, None)
         sample["uid"] = stable_hash("sample", name, sample["id"])
         sample["visit"] = self._epoch_now if self._visit_now is None else self._visit_now
-        sample["stream"] = name
+        sample["stream"], sample["stream_id"] = name, stream
         return sample
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -257,6 +261,29 @@ class StreamingVLMDataset(SafeDataset):
                 setattr(self, name, obj[name])
         super().load_state_dict(obj)
 
+    @property
+    def global_batch(self) -> int:
+        """Samples of all ranks a step."""
+        return int(self.batch_size or 0) * self._parallel_rank_world.num_ranks
+
+    def use_mixture(self, spec: Mapping[str, Any], epoch_size: int | str | None = None) -> None:
+        """Have another mixture, or one at all, from the first epoch on; call it alike on all ranks, before anything is read.
+
+        Args:
+            spec: as the argument ``mixture``.
+            epoch_size: samples an epoch, whole global batches; default: as it was asked for, else as many as all streams
+                together hold.
+
+        Raises:
+            UserError: as the constructor, or an epoch has begun.
+        """
+        if self.next_epoch > 0:
+            raise UserError(
+                "dataset: its mixture was to be replaced when an epoch had begun; see set_mixture"
+            )
+        refuse_other_weights(self._asked["streams"], self._asked)
+        self._mix(spec, epoch_size if epoch_size is not None else self._epoch_size_asked)
+
     def set_mixture(self, weights: Mapping[str, float]) -> None:
         """Other weights from the next epoch on; call it alike on all ranks.
 
@@ -284,8 +311,7 @@ class StreamingVLMDataset(SafeDataset):
 
     def _mix(self, spec: Mapping[str, Any], epoch_size: int | str | None) -> None:
         """Let the streams be mixed by a schedule."""
-        ranks = self._parallel_rank_world.num_ranks
-        batch = int(self.batch_size or 0) * ranks
+        ranks, batch = self._parallel_rank_world.num_ranks, self.global_batch
         held = [int(size) for size in self.samples_per_stream]
         for name, each in zip(self.stream_names, held, strict=True):
             if not each:
@@ -304,6 +330,7 @@ class StreamingVLMDataset(SafeDataset):
                 f"{max(round(size / batch), 1) * batch}"
             )
         self.mixture = make_mixture(spec, self.stream_names, held, batch, size)
+        self.mixture_spec = dict(spec)
         self.batching_method, self.epoch_size = SCHEDULED, size
         self.length = self.samples_a_rank = size // ranks
 

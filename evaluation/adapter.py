@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..algorithms.vift.steering import AbilityFusion, Fusion
 from ..data.collate import VLMCollator
-from ..data.prompts import Prompt, prompt_batch, prompts_of
+from ..data.prompts import Prompt, last_turn, prompt_batch, prompts_of, without_pictures
 from ..models.attention import Visibility
 from ..models.geometry import PER_IMAGE_KEYS, PIXEL_KEY
 from ..models.vlm import VisionLanguageModel
@@ -22,6 +24,7 @@ class VLMAdapter:
         collator: of its training (encoder and chat template).
         max_new_tokens: longest answer.
         batch_size: prompts a call of ``generate``.
+        fusion: ability-fused inference (``algorithms.vift.steering``); None: none.
     """
 
     def __init__(
@@ -31,8 +34,10 @@ class VLMAdapter:
         *,
         max_new_tokens: int = 32,
         batch_size: int = 16,
+        fusion: Fusion | None = None,
     ):
         self.model = model
+        self.fusion = None if fusion is None or fusion.off else AbilityFusion(model.hf, fusion)
         self.collator = collator
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -46,15 +51,22 @@ class VLMAdapter:
         """
         encoder = self.collator.encoder
         prompts = [p for i, s in enumerate(samples) for p in prompts_of(encoder, s, i)]
+        words: list[Prompt] = []
+        if self.fusion is not None:
+            words = [p for i, s in enumerate(samples) for p in prompts_of(encoder, without_pictures(s), i)]
         texts: list[list[str]] = [[] for _ in samples]
         for start in range(0, len(prompts), self.batch_size):
-            chunk = prompts[start : start + self.batch_size]
-            for prompt, text in zip(chunk, self._generate(chunk, options), strict=True):
+            part = slice(start, start + self.batch_size)
+            for prompt, text in zip(
+                prompts[part], self._generate(prompts[part], words[part], options), strict=True
+            ):
                 texts[prompt.sample].append(text)
         return texts
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Prompt], options: dict[str, Any]) -> list[str]:
+    def _generate(
+        self, prompts: Sequence[Prompt], words: Sequence[Prompt], options: dict[str, Any]
+    ) -> list[str]:
         model, tokenizer = self.model, self.collator.encoder.tokenizer
         batch = prompt_batch(self.collator, prompts)
         device = next(model.parameters()).device
@@ -77,8 +89,16 @@ class VLMAdapter:
             )
         mode = model.training
         model.eval()
+        fused: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.fusion is not None:
+            text = prompt_batch(self.collator, words)
+            most = torch.tensor([last_turn(p.document) for p in prompts])
+            names = ("input_ids", "attention_mask")
+            fused = self.fusion.on(
+                arguments, {k: text[k] for k in names}, most=most, around=lambda: model.net.prompt(see)
+            )
         try:
-            with model.net.prompt(see), model.net.autocast():
+            with model.net.autocast(), fused, model.net.prompt(see):
                 out = model.hf.generate(
                     **arguments,
                     **{

@@ -9,9 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
+from ..algorithms.vift.steering import Fusion
 from ..data.collate import VLMCollator
+from ..data.prompts import without_pictures
 from ..models.vlm import VisionLanguageModel
 from .blind import Majority, with_blank_pictures, with_other_pictures
+from .fused import score_fused
 from .packed import Scored, score
 from .questions import UNNAMED, questions
 from .ranks import on_all_ranks
@@ -26,6 +29,7 @@ def scorecard(
     majority: Majority | None = None,
     batch_size: int = 16,
     progress: Callable[[str, int, int], None] | None = None,
+    fusion: Fusion | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     """Exact-match accuracy by kind of question, 0 .. 1. Every rank calls this with the same samples.
 
@@ -36,12 +40,13 @@ def scorecard(
         majority: fitted on the training samples.
         batch_size: pictures a forward pass.
         progress: called after each forward pass with (row, passes done, passes) of this rank.
+        fusion: also score answers under ability fusion, and the questions alone, whose states it adds.
 
     Returns:
         kind -> ``n`` questions, ``trained``, ``blind`` (the picture of another sample), ``n_blind`` (questions
         of the blind row: fewer where no other picture is to be had, or none with it fits), ``blind_blank`` (a
-        grey picture), ``majority`` (no picture, no model), ``standard_error`` of ``trained``; and ``all``. An
-        accuracy over no question is None.
+        grey picture), ``majority`` (no picture, no model), ``standard_error`` of ``trained``; with ``fusion`` also
+        ``fused`` and ``no_picture`` (the question alone, no fusion); and ``all``. An accuracy over no question is None.
     """
     used = (samples if isinstance(samples, Usable) else usable(collator.encoder, samples)).samples
 
@@ -58,6 +63,16 @@ def scorecard(
             used, lambda part: scored(with_blank_pictures(part)), batch_size, told("blind_blank")
         ),
     }
+    if fusion is not None:
+        rows["fused"] = on_all_ranks(
+            used,
+            lambda part: score_fused(model, collator, part, fusion, batch_size=batch_size),
+            batch_size,
+            told("fused"),
+        )
+        rows["no_picture"] = on_all_ranks(
+            used, lambda part: scored([without_pictures(s) for s in part]), batch_size, told("no_picture")
+        )
     if majority is not None:
         rows["majority"] = [
             Scored(sample["id"], turn, kind, majority.answer(question, kind) == answer)
@@ -88,6 +103,11 @@ def as_table(card: dict[str, dict[str, Any]], title: str) -> Table:
     columns = {
         "n": "n",
         "trained": "trained",
+        **(
+            {"fused": "fused", "no_picture": "blind: no picture"}
+            if "fused" in next(iter(card.values()), {})
+            else {}
+        ),
         "blind": "blind: another picture",
         "blind_blank": "blind: blank picture",
         "majority": "majority answer",
@@ -97,7 +117,7 @@ def as_table(card: dict[str, dict[str, Any]], title: str) -> Table:
     for kind, row in card.items():
         cells = [str(row["n"]), *(_percent(row.get(c)) for c in list(columns)[1:])]
         if row.get("n_blind", row["n"]) != row["n"]:
-            cells[2] += f" (n {row['n_blind']})"
+            cells[list(columns).index("blind")] += f" (n {row['n_blind']})"
         if row.get("standard_error") is not None:
             cells[1] += f" ±{row['standard_error']:.2f}"
         table.add_row(kind, *cells, end_section=kind == list(card)[-2] if len(card) > 1 else False)

@@ -13,6 +13,7 @@ from composer.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
+from ..algorithms.base import VisionAlgorithm
 from ..data.chat import TEMPLATES
 from ..data.object_store import Unreachable
 from ..models.anatomy import PARTS
@@ -148,10 +149,10 @@ def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[st
     used = ", ".join(f"{n}{' (off)' if getattr(a, 'is_off', bool)() else ''}" for n, a in algorithms.items())
     console.print(f"methods: {used or 'none'}")
     print_methods(console, model, algorithms)
-    console.print(_data(loaded, stage, model))
+    console.print(_data(loaded, stage, model, algorithms))
 
 
-def _data(loaded: Loaded, stage: Stage, model: Any) -> str:
+def _data(loaded: Loaded, stage: Stage, model: Any, algorithms: dict[str, Any]) -> str:
     """Tokens a step and steps, from the index and two samples; says so when the data cannot be reached."""
     config = stage.config
     prepared = {s.get("out") for kind in ("scenes", "easy_vqa") for s in getattr(loaded.run.prepare, kind)}
@@ -172,6 +173,12 @@ def _data(loaded: Loaded, stage: Stage, model: Any) -> str:
         raise UserError(
             f"{stage.where(loaded, 'train_loader', 'dataset')}: {str(error).removeprefix('dataset: ')}"
         ) from error
+    for name, algorithm in algorithms.items():
+        if isinstance(algorithm, VisionAlgorithm) and not algorithm.is_off():
+            try:
+                algorithm.use(dataset, config.max_duration)
+            except UserError as error:
+                raise UserError(f"{loaded.where('algorithms', name)}: {error}") from error
     collator = build_collator(model, stage, config.train_loader)
     batch = collator(first_samples(dataset, 8))
     used = max(1, int((batch["sample_status"] == 0).sum()))

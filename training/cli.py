@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,17 @@ from .data_app import data_app
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(data_app, name="data")
 
+FUSE = typer.Option(
+    "--fuse", help="Strength of ability fusion (ViFT); the method's literal is 0.35. Default: none."
+)
+FUSE_RATIO = typer.Option(
+    "--fuse-ratio", help="What is taken from the states with the picture, beside 1 that is added."
+)
+FUSE_LAYERS = typer.Option(
+    "--fuse-layers", help="Window FIRST-END of decoder layers, END excluded. Default: the upper half."
+)
+FUSE_ALIGN = typer.Option("--fuse-align", help="suffix, or paper_code.")
+FUSE_MODE = typer.Option("--fuse-mode", help="add, or replace.")
 DEBUG = typer.Option("--debug", help="Show tracebacks of errors that you can mend, too.")
 _debug = False
 
@@ -162,11 +173,17 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="Run folder.")],
     remote: Annotated[str | None, typer.Option(help="Score this dataset instead of the run's own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first samples.")] = None,
+    fuse: Annotated[float | None, FUSE] = None,
+    fuse_ratio: Annotated[float, FUSE_RATIO] = 1.0,
+    fuse_layers: Annotated[str | None, FUSE_LAYERS] = None,
+    fuse_align: Annotated[str, FUSE_ALIGN] = "suffix",
+    fuse_mode: Annotated[str, FUSE_MODE] = "add",
 ) -> None:
     """Score a finished run: accuracy by kind of question, beside the same model blind."""
     from .finished import evaluate_run
 
-    evaluate_run(Path(run), remote, limit, Console())
+    fusion = _fusion(fuse, fuse_ratio, fuse_layers, fuse_align, fuse_mode)
+    evaluate_run(Path(run), remote, limit, Console(), fusion)
 
 
 @app.command()
@@ -221,11 +238,34 @@ def generate(
         str | None, typer.Option(help="Default: as the run was trained, else vicuna_v1.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option()] = 64,
+    fuse: Annotated[float | None, FUSE] = None,
+    fuse_ratio: Annotated[float, FUSE_RATIO] = 1.0,
+    fuse_layers: Annotated[str | None, FUSE_LAYERS] = None,
+    fuse_align: Annotated[str, FUSE_ALIGN] = "suffix",
+    fuse_mode: Annotated[str, FUSE_MODE] = "add",
 ) -> None:
     """Ask a model about pictures."""
     from .finished import ask
 
-    print(ask(model, prompt, image or [], chat_template, max_new_tokens))
+    fusion = _fusion(fuse, fuse_ratio, fuse_layers, fuse_align, fuse_mode)
+    print(ask(model, prompt, image or [], chat_template, max_new_tokens, fusion=fusion))
+
+
+def _fusion(
+    strength: float | None, ratio: float, layers: str | None, align: str, mode: str
+) -> dict[str, Any] | None:
+    """Keywords of ``algorithms.vift.steering.Fusion``; None: no fusion was asked for."""
+    if strength is None:
+        if layers is not None or (ratio, align, mode) != (1.0, "suffix", "add"):
+            raise UserError("--fuse is missing: how strongly? (0.35 is the method's literal)")
+        return None
+    window = None
+    if layers is not None:
+        first, dash, end = layers.partition("-")
+        if not (dash and first.isdecimal() and end.isdecimal()):
+            raise UserError(f"--fuse-layers '{layers}': use FIRST-END, such as 14-28")
+        window = [int(first), int(end)]
+    return {"strength": strength, "ratio": ratio, "layers": window, "align": align, "mode": mode}
 
 
 @app.command()

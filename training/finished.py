@@ -15,6 +15,7 @@ from composer.utils import dist
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
+from ..algorithms.vift.steering import Fusion
 from ..data.chat import TEMPLATES, BadConversation
 from ..data.collate import VLMCollator
 from ..data.encode import Rejected
@@ -53,12 +54,25 @@ def open_run(path: Path) -> tuple[Loaded, Stage, RunFolder]:
     return loaded, stage, folder
 
 
-def evaluate_run(path: Path, remote: str | None, limit: int | None, console: Console) -> None:
+def evaluate_run(
+    path: Path,
+    remote: str | None,
+    limit: int | None,
+    console: Console,
+    fusion: dict[str, Any] | None = None,
+) -> None:
     """Score a run's model and print the table.
 
-    Scores of the run's own data, all of it, go into its ``summary.json``; others into ``eval/`` beside it.
+    Scores of the run's own data, all of it, as the run says, go into its ``summary.json``; others into ``eval/`` beside it.
+
+    Args:
+        path: run folder.
+        remote: other data.
+        limit: only the first samples.
+        console: for the table.
+        fusion: keywords of ``algorithms.vift.steering.Fusion``: also under ability fusion.
     """
-    from .scoring import evaluate
+    from .scoring import evaluate, fusion_of
 
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: use 1 or more samples")
@@ -73,8 +87,13 @@ def evaluate_run(path: Path, remote: str | None, limit: int | None, console: Con
         )
     if config is None:
         raise UserError(f"{path}: the run names no evaluation data; give --remote FOLDER")
-    if remote is not None or limit is not None:
-        folder = _Elsewhere(folder)  # other data, or less of it, does not replace the run's own scores
+    if fusion is not None:
+        fusion_of(fusion, lambda key: "--fuse" if key in ("", "strength") else f"--fuse-{key}")
+        config = replace(config, fusion=fusion)
+    if remote is not None or limit is not None or fusion is not None:
+        folder = _Elsewhere(
+            folder
+        )  # other data, less of it or another way to answer: the run's own scores stay
         config = replace(config, limit=limit if limit is not None else config.limit, pictures=0)
     evaluate(loaded, stage, folder, config, console)
 
@@ -95,6 +114,7 @@ def ask(
     pictures: Sequence[Path],
     template: str | None,
     max_new_tokens: int,
+    fusion: dict[str, Any] | None = None,
     **options: Any,
 ) -> str:
     """One greedy answer.
@@ -105,6 +125,7 @@ def ask(
         pictures: files; they stand before the words, in order.
         template: chat template; None: that of the run, else ``vicuna_v1``.
         max_new_tokens: longest answer.
+        fusion: keywords of ``algorithms.vift.steering.Fusion``; None: no ability fusion.
         options: further arguments of transformers' ``generate``.
 
     Raises:
@@ -112,6 +133,9 @@ def ask(
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: use 1 or more")
+    how = None if fusion is None else Fusion(**fusion)
+    if how is not None and not pictures:
+        raise UserError("--fuse: without --image there is nothing to fuse")
     model, collator = open_model(source, template)
     encoded = []
     for path in pictures:
@@ -133,7 +157,7 @@ def ask(
         "images": pack_images(encoded),
         "meta": {},
     }
-    adapter = VLMAdapter(model, collator, max_new_tokens=max_new_tokens)
+    adapter = VLMAdapter(model, collator, max_new_tokens=max_new_tokens, fusion=how)
     try:
         return adapter.answers([sample], **options)[0][0]
     except (Rejected, BadConversation) as error:

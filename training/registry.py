@@ -133,6 +133,7 @@ METHODS = {
     "l2t": "opsin.algorithms.l2t:L2T",
     "ross": "opsin.algorithms.ross:ROSS",
     "jarvis": "opsin.algorithms.jarvis:JARVIS",
+    "vift": "opsin.algorithms.vift:ViFT",
 }
 """Opsin's own methods."""
 
@@ -165,6 +166,7 @@ callbacks = Registry(
     "callbacks",
     "Callbacks of Opsin, and Composer's own.",
     {
+        "mixture_monitor": ".mixture_monitor:MixtureMonitor",
         "jarvis_pictures": "opsin.algorithms.jarvis.pictures:JARVISPictures",
         "ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures",
     },

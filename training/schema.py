@@ -133,13 +133,17 @@ class PrepareConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What is scored when training ends, and shown with the same model blind (``evaluation.scorecard``)."""
+    """What is scored when training ends, and shown with the same model blind (``evaluation.scorecard``).
+
+    ``fusion``: also under ability fusion (``algorithms.vift.steering.Fusion``).
+    """
 
     dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(shuffle=False))
     majority_from: DatasetConfig | None = None
     limit: int | None = None
     batch_size: int = 16
     pictures: int = 16
+    fusion: Spec | None = None
 
 
 @dataclass

@@ -6,7 +6,7 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from composer.utils import dist
 from rich.console import Console
 
 from .. import __version__
+from ..algorithms.vift.steering import Fusion
 from ..data.collate import VLMCollator
 from ..data.object_store import Unreachable
 from ..data.streaming import StreamingVLMDataset
@@ -26,6 +27,7 @@ from ..models.errors import UserError
 from ..models.export import load_model
 from ..models.vlm import VisionLanguageModel
 from . import wall_time
+from .builders import construct
 from .config import Loaded
 from .run_folder import RunFolder, write_atomically
 from .schema import DatasetConfig, EvaluationConfig
@@ -70,7 +72,15 @@ def evaluate(
     if config.majority_from is not None:
         majority = with_dataset(config.majority_from, loaded.run.seed, _majority)
     card = scorecard(
-        model, collator, found, majority=majority, batch_size=config.batch_size, progress=_Told(console)
+        model,
+        collator,
+        found,
+        majority=majority,
+        batch_size=config.batch_size,
+        progress=_Told(console),
+        fusion=fusion_of(
+            config.fusion, lambda key: loaded.where("evaluation", "fusion", *([key] if key else []))
+        ),
     )
     if dist.get_global_rank() != 0:
         return {}
@@ -80,6 +90,15 @@ def evaluate(
     if config.pictures and found.samples:
         draw_samples(model, collator, found.samples[: config.pictures], folder)
     return summary
+
+
+def fusion_of(given: Mapping[str, Any] | None, where: Callable[[str], str]) -> Fusion | None:
+    """Ability fusion from its keywords; None: none was asked for.
+
+    Raises:
+        UserError: a keyword or a value that it cannot have.
+    """
+    return None if given is None else construct(Fusion, dict(given), where)
 
 
 class _Told:
@@ -147,6 +166,7 @@ def check_evaluation(loaded: Loaded, strict: bool = True) -> None:
         value = getattr(config, key)
         if value is not None and value < least:
             raise UserError(f"{loaded.where('evaluation', key)}: {value}: use {least} or more")
+    fusion_of(config.fusion, lambda key: loaded.where("evaluation", "fusion", *([key] if key else [])))
     made = {s.get("out") for kind in ("scenes", "easy_vqa") for s in getattr(loaded.run.prepare, kind)}
     for key in ("dataset", "majority_from"):
         data = getattr(config, key)

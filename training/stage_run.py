@@ -28,6 +28,7 @@ from .config import Loaded
 from .guards import EveryParameterTrained, RestoreRandomState, SkippedSamples
 from .init_weights import is_checkpoint, load_weights
 from .metrics_file import MetricsFile
+from .mixture_monitor import MixtureMonitor
 from .preflight import check_batches, check_features, print_methods, print_report
 from .progress import ProgressBar
 from .registry import callbacks as callback_registry
@@ -156,6 +157,9 @@ def train_stage(
         else str(folder.checkpoints(stage.name))
     )
     parallel = parallelism(loaded)
+    monitors = (
+        [] if len(dataset.stream_names) < 2 or "mixture_monitor" in run.callbacks else [MixtureMonitor()]
+    )
     trainer = Trainer(
         model=model,
         train_dataloader=spec,
@@ -168,6 +172,7 @@ def train_stage(
             SkippedSamples(run.preflight.max_skipped, str(folder.skipped)),
             EveryParameterTrained(),
             restore,
+            *monitors,
             *mapped(
                 callback_registry,
                 run.callbacks,

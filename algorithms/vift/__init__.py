@@ -1,0 +1,23 @@
+"""ViFT: captions and text-only instructions instead of visual instructions (arXiv 2502.11427)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .steering import AbilityFusion as AbilityFusion
+    from .steering import Fusion as Fusion
+    from .vift import ViFT as ViFT
+
+
+def __getattr__(name: str) -> Any:
+    """Import the class form only when it is asked for: fusion while generating needs no Composer."""
+    if name == "ViFT":
+        from .vift import ViFT
+
+        return ViFT
+    if name in ("AbilityFusion", "Fusion"):
+        from . import steering
+
+        return getattr(steering, name)
+    raise AttributeError(name)
