@@ -21,7 +21,8 @@ def split_vift(
     out: Annotated[
         str,
         typer.Argument(
-            help="New folder, or s3://bucket/folder, for captions and text. The same command goes on."
+            metavar="OUT",
+            help="New folder, or s3://bucket/folder, for captions and text. The same command goes on.",
         ),
     ],
     images: Annotated[str | None, typer.Option(help="Folder of the pictures of LLaVA's JSON.")] = None,
