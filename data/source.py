@@ -47,6 +47,23 @@ class BadSample:
         return f"sample {self.position}{name}: {file}{self.detail}"
 
 
+@dataclass(frozen=True)
+class Text:
+    """What can be known of a sample without its pictures' bytes.
+
+    Attributes:
+        position: its number in the source, from 0.
+        id, conversations, meta: columns of :data:`~opsin.data.schema.COLUMNS`.
+        pictures: how many it has.
+    """
+
+    position: int
+    id: str
+    conversations: Any
+    meta: Any
+    pictures: int
+
+
 def _quoted(text: str) -> str:
     """A name from a file of somebody's: on one line, and no longer than a line."""
     return repr(text if len(text) <= 100 else f"{text[:97]}...")

@@ -29,6 +29,13 @@ _FIRST = "shard.00000.mds"
 """File of a dataset's first shard, as Streaming names it."""
 
 
+def work_folder(out: str) -> Path:
+    """Where this machine notes what of a new dataset is whole; gone when all of it is."""
+    if urlparse(out).scheme:
+        return cache_folder() / "partial" / f"{stable_hash(out.rstrip('/')):016x}"
+    return Path(out).expanduser() / WORK
+
+
 class Unfinished:
     """A new dataset, or what an earlier process left of the same job.
 
@@ -51,11 +58,11 @@ class Unfinished:
         self._uploader: Any = None
         if self.remote is None:
             self.folder = Path(out).expanduser()
-            self.work = self.folder / WORK
+            self.work = work_folder(out)
             spent = self.folder / _SPENT
             self._refuse_folder()
         else:  # a remote folder cannot be asked cheaply what of it is whole; this machine remembers
-            self.work = cache_folder() / "partial" / f"{stable_hash(out.rstrip('/')):016x}"
+            self.work = work_folder(out)
             self.folder = self.work / "staging"
             spent = self.work.with_name(self.work.name + _SPENT)
         self.staging, self._spent, self._job = self.work / "staging", spent, self.work / "job.json"

@@ -34,11 +34,13 @@ class Written:
         samples: number of samples in the dataset.
         counts: of the instruction sentences of its samples with pictures, as in ``sentences.json``.
         skipped: reason -> number of samples that were left out.
+        left_out: their numbers, as the source gave them.
     """
 
     samples: int
     counts: SentenceCounts
     skipped: Counter[str] = field(default_factory=Counter)
+    left_out: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -75,6 +77,7 @@ def write_dataset(
     workers: int = 0,
     skip_bad: bool = False,
     templates: Sequence[str] = (),
+    files: Callable[[Written], Mapping[str, bytes]] | None = None,
     progress: Callable[[int], None] | None = None,
     resumed: Callable[[int], None] | None = None,
 ) -> Written:
@@ -92,6 +95,7 @@ def write_dataset(
             guard.
         skip_bad: leave bad samples out; else the first one ends it.
         templates: sentences that the dataset itself declares to be templates.
+        files: further files to lie beside the index (name -> content), once the samples are written.
         progress: called with the number of the source's samples done so far: those of an earlier process, then
             after each one.
         resumed: called with the number of samples that are in the dataset already, if there are any.
@@ -115,7 +119,7 @@ def write_dataset(
         if start and progress:
             progress(start)
         _write_rest(writer, source, number, start, size_limit, workers, skip_bad, progress)
-        return _finish(writer, templates)
+        return _finish(writer, templates, files)
 
 
 def _write_rest(
@@ -165,7 +169,11 @@ def _write_rest(
             raise UserError(f"{writer.out}: no sample to write{_listed(reasons)}")
 
 
-def _finish(writer: ShardWriter, templates: Sequence[str]) -> Written:
+def _finish(
+    writer: ShardWriter,
+    templates: Sequence[str],
+    more: Callable[[Written], Mapping[str, bytes]] | None,
+) -> Written:
     index = writer.index()
     total = SentenceCounts(dataset=dataset_hash(index), templates=tuple(templates))
     skipped: list[dict[str, Any]] = []
@@ -179,8 +187,10 @@ def _finish(writer: ShardWriter, templates: Sequence[str]) -> Written:
     if skipped:
         files[SKIPPED] = "".join(json.dumps(bad) + "\n" for bad in skipped).encode()
     samples = sum(entry["samples"] for entry in writer.done.values())
-    writer.finish(files)
-    return Written(samples, total, Counter(bad["reason"] for bad in skipped))
+    reasons, left_out = Counter(bad["reason"] for bad in skipped), [bad["position"] for bad in skipped]
+    written = Written(samples, total, reasons, left_out)
+    writer.finish({**files, **(more(written) if more else {})})
+    return written
 
 
 def _bad(sample: BadSample) -> UserError:

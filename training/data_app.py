@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .split_commands import split_commands
 from .target_commands import target_commands
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
 target_commands(data_app)
+split_commands(data_app)
 
 # Of the commands that write samples.
 NewFolder = Annotated[

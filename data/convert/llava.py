@@ -29,10 +29,9 @@ from ...models.errors import UserError
 from ..chat import BadConversation, exchanges
 from ..messages import first_line
 from ..schema import IMAGE_MARK, pack_images
-from ..source import BadSample
+from ..source import BadSample, Text
 from ..write import Written, write_dataset
-
-_SPACE = " \t\r\n"
+from .json_items import json_items
 
 
 class LlavaSource:
@@ -72,7 +71,7 @@ class LlavaSource:
         self.bad: BadSample | None = None
         given: Counter[str] = Counter()
         names: list[str] = []
-        for start, end, sample in _samples(content, str(file)):
+        for start, end, sample in json_items(content, str(file)):
             position = len(names)
             if position == limit:
                 break
@@ -102,33 +101,47 @@ class LlavaSource:
 
     def records(self, first: int, end: int) -> Iterator[dict[str, Any] | BadSample]:
         """Samples ``first`` .. ``end`` - 1."""
+        for position, sample in self._read(first, end):
+            text = self._text(sample, position)
+            yield text if isinstance(text, BadSample) else self._record(text, _id(sample))
+
+    def texts(self) -> Iterator[Text | BadSample]:
+        """All samples without their pictures, which nobody looks at."""
+        for position, sample in self._read(0, len(self)):
+            yield self._text(sample, position)
+
+    def _read(self, first: int, end: int) -> Iterator[tuple[int, Any]]:
         with self.file.open("rb") as file:
             for position in range(first, end):
                 start, stop = self._starts[position], self._ends[position]
                 file.seek(start)
-                yield self._record(json.loads(file.read(stop - start)), position)
+                yield position, json.loads(file.read(stop - start))
 
-    def _record(self, sample: Any, position: int) -> dict[str, Any] | BadSample:
+    def _text(self, sample: Any, position: int) -> Text | BadSample:
         name = _id(sample)
         fault = _fault(sample, position, name)
         if fault is not None:
             return fault
-        pictures, names = [], _names(sample)
-        for picture in names:
-            try:
-                pictures.append(_picture(self.images / picture))
-            except _Unusable as error:
-                return BadSample(name, position, picture, *error.args)
-        turns = sample["conversations"]
+        turns, names = sample["conversations"], _names(sample)
         if names and not _marks(sample):
             at = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
             marked = f"{IMAGE_MARK}\n" * len(names) + turns[at]["value"]
             turns = [*turns[:at], {**turns[at], "value": marked}, *turns[at + 1 :]]
+        meta = {"source": "llava", "pictures": names}
+        return Text(position, self.renamed.get(position, name), turns, meta, len(names))
+
+    def _record(self, text: Text, name: str) -> dict[str, Any] | BadSample:
+        pictures = []
+        for picture in text.meta["pictures"]:
+            try:
+                pictures.append(_picture(self.images / picture))
+            except _Unusable as error:
+                return BadSample(name, text.position, picture, *error.args)
         return {
-            "id": self.renamed.get(position, name),
-            "conversations": turns,
+            "id": text.id,
+            "conversations": text.conversations,
             "images": pack_images(pictures),
-            "meta": {"source": "llava", "pictures": names},
+            "meta": text.meta,
         }
 
 
@@ -188,58 +201,6 @@ def _picture(path: Path) -> bytes:
 def _without_object(error: Exception) -> str:
     """PIL names the buffer it read from by its address in memory, which differs each time."""
     return first_line(error).partition(" <_io.BytesIO")[0]
-
-
-def _samples(content: bytes, file: str) -> Iterator[tuple[int, int, Any]]:
-    """Samples of a file with the places of their first byte and behind their last one."""
-    body = content.removeprefix(b"\xef\xbb\xbf")
-    shift = len(content) - len(body)
-    head = body.lstrip()[:1]
-    if head not in (b"[", b"{"):
-        raise UserError(f"{file}: neither a JSON list of samples nor one sample a line")
-    if head == b"{":
-        start = shift
-        for number, line in enumerate(body.split(b"\n"), 1):
-            if line.strip():
-                try:
-                    yield start, start + len(line), json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{file}: line {number} is no JSON ({first_line(error)})") from error
-            start += len(line) + 1
-        return
-    try:
-        yield from _list_items(body.decode(), shift)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: no JSON list ({first_line(error)})") from error
-
-
-def _list_items(text: str, shift: int) -> Iterator[tuple[int, int, Any]]:
-    """Items of a JSON list, without holding all of them; places are in bytes of UTF-8, from ``shift`` on."""
-    decode, plain = json.JSONDecoder().raw_decode, text.isascii()
-    at = _skip(text, text.index("[") + 1)
-    counted, place = 0, shift  # characters, and the bytes that they are
-    if text[at : at + 1] == "]":
-        return
-    while True:
-        item, end = decode(text, at)
-        place += at - counted if plain else len(text[counted:at].encode())
-        size = end - at if plain else len(text[at:end].encode())
-        yield place, place + size, item
-        counted, place = end, place + size
-        at = _skip(text, end)
-        if text[at : at + 1] == "]":
-            if text[at + 1 :].strip():
-                raise json.JSONDecodeError("Extra data", text, at + 1)
-            return
-        if text[at : at + 1] != ",":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        at = _skip(text, at + 1)
-
-
-def _skip(text: str, at: int) -> int:
-    while text[at : at + 1] and text[at] in _SPACE:
-        at += 1
-    return at
 
 
 def _id(sample: Any) -> str:
