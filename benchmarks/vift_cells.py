@@ -27,7 +27,12 @@ from typing import Any
 
 CELLS = ("vqa", "vqa_equal", "captions", "text", "vift")
 SEEDS, DEV_SEEDS = (1, 2, 3, 4, 5, 6), (101, 102)
-PROMPTS = ["Describe the picture.", "What is in the picture?", "Write a short caption.", "Tell me what you see."]
+PROMPTS = [
+    "Describe the picture.",
+    "What is in the picture?",
+    "Write a short caption.",
+    "Tell me what you see.",
+]
 STRENGTHS = (0.1, 0.35, 0.7, 1.4)
 RATIOS = (0.0, 1.0)
 SCENES: dict[str, Any] = {"objects": [1, 2], "charts": 0, "sign": 0}
@@ -234,7 +239,9 @@ def learnt(run: Path) -> dict[str, int]:
     last: dict[str, int] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        last.update({k: int(v) for k, v in values.items() if k.startswith(("mixture/samples", "mixture/learnt"))})
+        last.update(
+            {k: int(v) for k, v in values.items() if k.startswith(("mixture/samples", "mixture/learnt"))}
+        )
     return last
 
 
@@ -282,7 +289,9 @@ def prepare_data(work: Path, samples: int) -> None:
     for given in datasets(work, samples).values():
         if not (Path(given["out"]) / "index.json").is_file():
             given = dict(given)
-            out, split, stream, seed, count = (given.pop(k) for k in ("out", "split", "stream", "seed", "samples"))
+            out, split, stream, seed, count = (
+                given.pop(k) for k in ("out", "split", "stream", "seed", "samples")
+            )
             write(out, config=SceneConfig(**given), seed=seed, split=split, stream=stream, samples=count)
 
 

@@ -54,7 +54,9 @@ WORDS = st.sampled_from(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    documents=st.lists(st.tuples(st.integers(0, 2), st.lists(WORDS, min_size=1, max_size=3)), min_size=1, max_size=5),
+    documents=st.lists(
+        st.tuples(st.integers(0, 2), st.lists(WORDS, min_size=1, max_size=3)), min_size=1, max_size=5
+    ),
     packing=st.booleans(),
 )
 def test_v6_a_picture_with_a_specific_question_is_refused_and_nothing_else(
@@ -68,7 +70,9 @@ def test_v6_a_picture_with_a_specific_question_is_refused_and_nothing_else(
         roles=batch["roles"], document_ids=batch["document_ids"], image_ids=batch["image_ids"],
         sentence_ids=batch["sentence_ids"], pool=caption_pool(PROMPTS, ""), documents=batch["document_uid"].shape[1],
     )  # fmt: skip
-    found = {int(i): bool(r) for i, r in zip(batch["document_sample"].flatten(), refused.flatten(), strict=True)}
+    found = {
+        int(i): bool(r) for i, r in zip(batch["document_sample"].flatten(), refused.flatten(), strict=True)
+    }
     for i, (images, words) in enumerate(documents):
         if batch["sample_status"][i]:
             continue
@@ -136,7 +140,9 @@ def test_v6_all_ranks_stop_together(ranks: RankPool, parallel: str) -> None:
     """Only one of two ranks has the sample; both say the same line."""
     samples = [caption(1), words(2), asked(3), caption(4)] * 4
     with pytest.raises(Exception, match="'zoo/3' of all"):
-        ranks.run("jobs:train", samples=samples, global_batch=4, steps=2, parallel=parallel, algorithms=[(VIFT, {})])
+        ranks.run(
+            "jobs:train", samples=samples, global_batch=4, steps=2, parallel=parallel, algorithms=[(VIFT, {})]
+        )
 
 
 def vision(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -186,7 +192,9 @@ def test_v7_text_only_steps_leave_vision_to_the_bit(ranks: RankPool, parallel: s
     assert all(torch.equal(v, rested[k]) for k, v in vision(after_pictures).items())
     assert any(not torch.equal(v, moved[k]) for k, v in vision(after_pictures).items())
     head = "net.hf.lm_head.weight"
-    assert torch.allclose(rested[head], moved[head], atol=1e-6) and not torch.equal(rested[head], after_pictures[head])
+    assert torch.allclose(rested[head], moved[head], atol=1e-6) and not torch.equal(
+        rested[head], after_pictures[head]
+    )
     again = weights(PICTURES + TEXT + PICTURES)
     assert any(not torch.equal(v, rested[k]) for k, v in vision(again).items())
 
@@ -244,7 +252,10 @@ def test_nll_of_each_stream_is_that_of_its_samples() -> None:
         ({"rules": [{"metric": "vift/nll/a", "belo": 1, "weights": {}}]}, "did you mean 'below'"),
         ({"rules": [{"metric": "vift/nll/a", "below": 1, "above": 2, "weights": {}}]}, "below or above"),
         ({"rules": [{"metric": "loss", "below": 1, "weights": {"a": 1}}]}, "use vift/nll/STREAM or"),
-        ({"rules": [{"metric": "vift/nll/a", "below": "low", "weights": {"a": 1}}]}, "below: low: use a number"),
+        (
+            {"rules": [{"metric": "vift/nll/a", "below": "low", "weights": {"a": 1}}]},
+            "below: low: use a number",
+        ),
     ],
 )
 def test_values_that_make_no_sense_are_refused(arguments: dict[str, Any], says: str) -> None:
@@ -255,7 +266,9 @@ def test_values_that_make_no_sense_are_refused(arguments: dict[str, Any], says: 
 
 def test_a_mixture_needs_data_that_can_be_mixed() -> None:
     with pytest.raises(UserError, match="StreamingVLMDataset, not Samples"):
-        jobs.train(samples=TEXT, global_batch=4, steps=1, algorithms=[(VIFT, {"mixture": {"weights": {"a": 1}}})])
+        jobs.train(
+            samples=TEXT, global_batch=4, steps=1, algorithms=[(VIFT, {"mixture": {"weights": {"a": 1}}})]
+        )
 
 
 def test_a_rule_looks_at_nats_or_at_an_evaluator_and_never_at_a_nan() -> None:
