@@ -64,6 +64,12 @@ def write(root: Path, count: int) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(str(root / "arrow"))
 
 
+def _samples(root: Path) -> int:
+    """Samples of the dataset, in whole batches."""
+    shards = json.loads((root / "mds" / "index.json").read_text())["shards"]
+    return sum(shard["samples"] for shard in shards) // BATCH * BATCH
+
+
 def decode(jpeg: bytes) -> Any:
     import io
 
@@ -82,13 +88,22 @@ def opened(reader: str, where: str, root: Path, bare: bool) -> Any:
     place = str(root) if where == "folder" else f"s3://{BUCKET}"
     cache = str(root / f"cache-{reader}-{time.time_ns()}")
 
-    if reader == "opsin":
+    if reader in ("opsin", "mixture"):
         from opsin.data.streaming import StreamingVLMDataset
 
         class Ours(StreamingVLMDataset):
             def __getitem__(self, at: int) -> Any:
                 sample = super().__getitem__(at)
-                return sample["id"], made(unpack_images(sample["images"])[0]), sample["conversations"]
+                return sample["uid"], made(unpack_images(sample["images"])[0]), sample["conversations"]
+
+        if (
+            reader == "mixture"
+        ):  # two streams in turns of whole batches, half of each: as many samples as one has
+            streams = {name: {"remote": f"{place}/{name}"} for name in ("mds", "mds-again")}
+            return Ours(
+                streams=streams, batch_size=BATCH, shuffle=True, num_canonical_nodes=1, epoch_size=_samples(root),
+                mixture={"weights": dict.fromkeys(streams, 1), "batches": "single"},
+            )  # fmt: skip
 
         local = {} if where == "folder" else {"local": cache}
         return Ours(remote=f"{place}/mds", batch_size=BATCH, shuffle=True, num_canonical_nodes=1, **local)

@@ -29,6 +29,7 @@ SAMPLES = 4096
 READERS = ("opsin", "streaming", "webdataset", "datasets", "llava")
 NAMES = {
     "opsin": "Opsin, StreamingVLMDataset",
+    "mixture": "Opsin, two streams by a schedule",
     "streaming": "MosaicML StreamingDataset",
     "webdataset": "webdataset, tar",
     "datasets": "HF datasets, arrow",

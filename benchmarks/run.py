@@ -23,6 +23,8 @@ BENCHMARKS = {
     "jarvis_cost": [],
     "data_speed": ["--profile"],
     "data_start": [],
+    "mixture_speed": [],
+    "fusion_cost": [],
 }
 
 

@@ -37,7 +37,7 @@ patch_targets        (P, M) bfloat16         stored targets of the P patches of 
 sample_status        (N,) int8               encode.Status of each sample; blank ones keep their place
 truncated_turns      (N,) int64              exchanges of each sample that did not fit and were left out
 sample_stream        (N,) int16              number of its stream in the dataset, -1: none (what fills up an epoch)
-sample_ids           N str                   its id, for messages
+sample_ids           (N, W) uint8            its id in UTF-8, for messages; zeros behind (schema.id_of)
 ===================  ======================  ===========================================================
 """
 
@@ -56,7 +56,7 @@ from ..models.geometry import EncodedImage
 from .encode import ConversationEncoder, Document, Rejected, Status
 from .packing import first_fit_decreasing
 from .patch_targets import COLUMN, stacked
-from .schema import IGNORE_INDEX, Role
+from .schema import IGNORE_INDEX, Role, pack_ids
 
 
 class VLMCollator:
@@ -93,7 +93,7 @@ class VLMCollator:
         if self.pad_token_id is None:
             raise UserError("the tokenizer has neither a pad token nor an end-of-sequence token")
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """N samples (columns of ``schema.COLUMNS``; ``visit`` when the dataset knows it) -> a device batch.
 
         Those with ``filler`` (``data/partition.py``) keep their place and are blank.
@@ -117,10 +117,10 @@ class VLMCollator:
         batch["truncated_turns"] = torch.tensor(left_out, dtype=torch.int64)
         streams = [-1 if s.get("filler") else s.get("stream_id", 0) for s in samples]
         batch["sample_stream"] = torch.tensor(streams, dtype=torch.int16)
-        batch["sample_ids"] = [str(s.get("id", "")) for s in samples]
+        batch["sample_ids"] = torch.from_numpy(pack_ids([str(s.get("id", "")) for s in samples]))
         return batch
 
-    def layout(self, documents: Sequence[Document | None]) -> dict[str, Any]:
+    def layout(self, documents: Sequence[Document | None]) -> dict[str, torch.Tensor]:
         """Documents (None: blank) -> a device batch without what is said of each sample."""
         numbered = list(enumerate(documents))
         if self.packing:
@@ -131,7 +131,7 @@ class VLMCollator:
             rows = [[] if d is None else [(i, d)] for i, d in numbered]
         return self._tensors(rows)
 
-    def _tensors(self, rows: list[list[tuple[int, Document]]]) -> dict[str, Any]:
+    def _tensors(self, rows: list[list[tuple[int, Document]]]) -> dict[str, torch.Tensor]:
         longest = max((sum(len(d) for _, d in row) for row in rows), default=0)
         multiple = self.pad_to_multiple_of
         length = max(-(-longest // multiple) * multiple, multiple)
@@ -194,7 +194,7 @@ class VLMCollator:
         out["view_stride"] = np.array(column[6], np.int64)
         out["views_per_row"], out["images_per_row"] = views_per_row, images_per_row
         out["pixel_rows"] = np.array([i.pixel_rows for i in images], np.int64)
-        batch: dict[str, Any] = {key: torch.from_numpy(value) for key, value in out.items()}
+        batch = {key: torch.from_numpy(value) for key, value in out.items()}
         batch.update(self.encoder.images.stack(images))
         targets = stacked(images)
         if targets is not None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .chat import asked_alone, exchanges
 from .collate import VLMCollator
 from .encode import ConversationEncoder, Document
@@ -50,7 +52,7 @@ def last_turn(document: Document) -> int:
     return len(document) - int((document.turn_ids == document.turn_ids.max()).argmax())
 
 
-def prompt_batch(collator: VLMCollator, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def prompt_batch(collator: VLMCollator, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     """Left-padded device batch of some prompts, whatever side training pads."""
     left = VLMCollator(collator.encoder, padding_side="left", pad_to_multiple_of=1)
     return left.layout([p.document for p in prompts])

@@ -25,6 +25,8 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
+import numpy as np
+
 IMAGE_MARK = "<image>"
 """Where a picture stands in the text of a stored conversation, whatever the model's own token is called."""
 
@@ -84,6 +86,20 @@ def unpack_images(packed: bytes) -> list[bytes]:
         pictures.append(packed[start : start + length])
         start += length
     return pictures
+
+
+def pack_ids(names: Sequence[str], most: int = 200) -> np.ndarray:
+    """Ids as numbers, to travel in a batch: (N, W) uint8, UTF-8 with zeros behind; long ones are cut after ``most`` bytes."""
+    encoded = [name.encode("utf-8", "surrogatepass")[:most] for name in names]
+    out = np.zeros((len(names), max(map(len, encoded), default=0)), np.uint8)
+    for row, name in zip(out, encoded, strict=True):
+        row[: len(name)] = np.frombuffer(name, np.uint8)
+    return out
+
+
+def id_of(packed: Sequence[int]) -> str:
+    """Undo :func:`pack_ids` for one row."""
+    return bytes(packed).rstrip(b"\0").decode("utf-8", "replace")
 
 
 def stable_hash(*parts: object) -> int:

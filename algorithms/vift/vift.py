@@ -12,6 +12,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from ...data.mixture_spec import BATCHES
+from ...data.schema import id_of
 from ...data.streaming import StreamingVLMDataset
 from ...models.errors import UserError, nearest
 from ...models.normalise import global_sum
@@ -212,7 +213,7 @@ class ViFT(VisionAlgorithm):
             counts[0].index_add_(0, found, torch.ones(len(found), dtype=torch.float64))
             if len(self._named) < 3:
                 self._named += [
-                    f"'{batch['sample_ids'][i]}' of {self.streams[s]}"
+                    f"'{id_of(batch['sample_ids'][i].tolist())}' of {self.streams[s]}"
                     for i, s in zip(owner[refused].tolist(), found.tolist(), strict=True)
                 ]
         self._here = counts

@@ -196,12 +196,16 @@ def _padded(batch: Batch, parts: int) -> Batch:
     missing = parts - len(batch["input_ids"])
     if missing <= 0:
         return batch
-    blank = {"document_ids": -1, "turn_ids": -1, "image_ids": -1, "labels": -100, "loss_weights": 1}
+    blank = {
+        "document_ids": -1, "turn_ids": -1, "image_ids": -1, "labels": -100, "loss_weights": 1, "document_sample": -1,
+    }  # fmt: skip
     out = dict(batch)
     for key, value in batch.items():
         if value.shape[:1] == batch["input_ids"].shape[:1] and key not in (
             "sample_status",
             "truncated_turns",
+            "sample_stream",
+            "sample_ids",
             "pixel_values",
         ):
             if key in ("image_sizes", "image_grid_thw", "pixel_rows") or key.startswith("view_"):

@@ -15,7 +15,7 @@ import torch
 from opsin.data import collate
 from opsin.data.collate import VLMCollator
 from opsin.data.encode import Status
-from opsin.data.schema import Role, pack_images, stable_hash
+from opsin.data.schema import Role, id_of, pack_images, stable_hash
 from opsin.models.errors import UserError
 
 import jobs
@@ -36,6 +36,7 @@ CONTRACT: dict[str, tuple[str, torch.dtype]] = {
     "sentence_ids": ("B L", torch.int64),
     "document_uid": ("B D", torch.int64),
     "document_visit": ("B D", torch.int64),
+    "document_sample": ("B D", torch.int64),
     "refused": ("B D", torch.bool),
     "view_row": ("V", torch.int64),
     "view_document": ("V", torch.int64),
@@ -49,6 +50,8 @@ CONTRACT: dict[str, tuple[str, torch.dtype]] = {
     "pixel_rows": ("I", torch.int64),
     "sample_status": ("N", torch.int8),
     "truncated_turns": ("N", torch.int64),
+    "sample_stream": ("N", torch.int16),
+    "sample_ids": ("N W", torch.uint8),
 }
 PIXELS: dict[str, dict[str, tuple[str, torch.dtype]]] = {
     "llava": {"pixel_values": ("I 3 16 16", torch.float32)},
@@ -234,3 +237,20 @@ def test_unusable_settings_are_refused_in_one_line() -> None:
 def test_the_table_in_the_code_names_every_key() -> None:
     documented = {line.split()[0].strip(",") for line in (collate.__doc__ or "").splitlines() if "(" in line}
     assert CONTRACT.keys() <= documented
+
+
+def test_a_batch_says_which_sample_each_document_is() -> None:
+    """Packed rows have their own order; blank samples have no document; ids and streams are those of the samples."""
+    samples = [{**s, "stream_id": i % 3} for i, s in enumerate(MIX)]
+    samples.append({"id": "", "filler": True})
+    for packing in (False, True):
+        batch = collator("llava", packing=packing)(samples)
+        owner, uid = batch["document_sample"], batch["document_uid"]
+        assert (owner >= 0).equal(uid != 0)
+        assert sorted(owner[owner >= 0].tolist()) == [0, 1, 3, 4]
+        for sample, one in zip(owner[owner >= 0].tolist(), uid[owner >= 0].tolist(), strict=True):
+            assert one == stable_hash(samples[sample]["id"])
+        assert batch["sample_stream"].tolist() == [0, 1, 2, 0, 1, -1]
+        assert [id_of(row) for row in batch["sample_ids"].tolist()] == [s["id"] for s in samples]
+    long = [{**zoo.sample(1), "id": "ä" * 300}, {**zoo.sample(2), "id": "a"}]
+    assert [id_of(row) for row in collator("llava")(long)["sample_ids"].tolist()] == ["ä" * 100, "a"]
