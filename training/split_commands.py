@@ -101,6 +101,10 @@ def as_text(report: Mapping[str, Any]) -> str:
             for each in report["frequent_sentences"]
         ]
     lines.append("as streams of a run, in natural proportion:")
-    streams = {"train_loader": report["train_loader"]}
+    streams: dict[str, Any] = {"train_loader": report["train_loader"]}
+    if report[
+        "caption_prompts"
+    ]:  # the words that were kept beside pictures, which the method's guard has to know
+        streams["algorithms"] = {"vift": {"caption_prompts": report["caption_prompts"]}}
     body = yaml.safe_dump(streams, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
     return "\n".join(lines) + "\n\n" + body

@@ -24,7 +24,7 @@ from ..unfinished import WORK, work_folder
 from ..write import Written, write_dataset
 from .llava import LlavaSource
 from .vift_report import Survey, dumps, make_report, nothing_generic
-from .vift_rule import CAPTIONS, TEXT, Rule, choose, unusable
+from .vift_rule import CAPTIONS, TEXT, Rule, choose, sentences, unusable
 from .vift_source import Samples, SplitSource
 
 REPORT = "split.json"
@@ -58,6 +58,8 @@ def _add(found: Survey, text: SampleText, rule: Rule) -> None:
         part.numbers.append(text.position)
         part.words.append(choice.words)
         part.exchanges.append(choice.exchanges)
+        if choice.side == CAPTIONS and rule.caption_prompt == "keep":
+            found.kept.update(sentences(choice.question))
         return
     found.dropped[choice.reason] += 1
     found.dropped_exchanges += choice.exchanges

@@ -35,6 +35,7 @@ class Survey:
         dropped: reason -> number of samples.
         dropped_exchanges: number of theirs; what is no conversation has none.
         sentences: of the first turns of dropped samples with pictures -> number of samples; no caption prompts.
+        kept: sentences that stand beside a caption's pictures.
         with_pictures: number of samples that have pictures.
         bad: the first sample that training could not use either, in words.
     """
@@ -43,6 +44,7 @@ class Survey:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_exchanges: int = 0
     sentences: Counter[str] = field(default_factory=Counter)
+    kept: set[str] = field(default_factory=set)
     with_pictures: int = 0
     bad: str = ""
 
@@ -85,6 +87,7 @@ def make_report(
         "first_unusable": found.bad,
         "frequent_sentences": [{"sentence": key, "samples": count} for key, count in found.frequent()],
         "rule": {"built_in": rule.built_in, "prompts": len(rule.prompts), "caption_prompt": rule.caption_prompt},
+        "caption_prompts": sorted(found.kept),
         "train_loader": {"dataset": _streams(report)},
     }  # fmt: skip
 

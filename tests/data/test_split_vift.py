@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from streaming import LocalDataset
 
+from opsin.algorithms.vift.functional import refused_documents
+from opsin.algorithms.vift.prompts import caption_pool
 from opsin.data import scenes
 from opsin.data.chat import exchanges
 from opsin.data.convert.llava import LlavaSource
@@ -31,9 +33,12 @@ from opsin.data.scenes.records import sample as scene
 from opsin.data.schema import IMAGE_MARK, pack_images, unpack_images
 from opsin.data.source import Text
 from opsin.data.stored import StoredSamples
+from opsin.data.streaming import StreamingVLMDataset
 from opsin.data.write import SKIPPED, write_dataset
 from opsin.models.errors import UserError
 
+import jobs
+import zoo
 from sources import files, in_a_process
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -52,6 +57,11 @@ class Listed:
 
     def records(self, first: int, end: int) -> Iterator[dict[str, Any]]:
         yield from self.samples[first:end]
+
+
+def drawn(images: bytes) -> bytes:
+    """As many pictures, which decode."""
+    return pack_images([zoo.picture(i) for i, _ in enumerate(unpack_images(images))])
 
 
 def stored(folder: Path, samples: list[dict[str, Any]], size_limit: int = 1 << 20) -> str:
@@ -160,6 +170,16 @@ def test_words_may_stay(tmp_path: Path) -> None:
         "<image>\n<image>\nDescribe both pictures.",
         "<image>\nDescribe the picture.",
     ]
+    # The method's guard takes them all, told the words that the report names, and none that has some otherwise.
+    report = json.loads((tmp_path / "out/split.json").read_text())
+    names = ("roles", "document_ids", "image_ids", "sentence_ids")
+    for pool, refused in ((report["caption_prompts"], 0), ((), 4)):
+        dataset = StreamingVLMDataset(remote=str(tmp_path / "out/captions"), batch_size=1, shuffle=False)
+        batch = jobs.collator(zoo.build("llava"))(
+            [{**dataset[i], "images": drawn(dataset[i]["images"])} for i in range(5)]
+        )
+        found = refused_documents(**{n: batch[n] for n in names}, pool=caption_pool(pool, ""), documents=1)
+        assert not batch["sample_status"].any() and int(found.sum()) == refused
     with pytest.raises(UserError, match="caption-prompt kept: unknown; did you mean 'keep'"):
         Rule(caption_prompt="kept")
 

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from streaming import LocalDataset
 
+from opsin.algorithms.vift import ViFT
 from opsin.data import scenes
 from opsin.data.convert import split_vift
 from opsin.data.streaming import StreamingVLMDataset
@@ -85,10 +86,11 @@ def test_a_llava_file(
     assert (code, error) == (0, "") and said.lstrip() == SAID
     pasted: dict[str, Any] = yaml.safe_load(said[said.index("train_loader:") : said.index("the same in")])
     options = pasted["train_loader"]["dataset"]
-    for stream in options["streams"].values():
-        stream.pop("kind")
     dataset = StreamingVLMDataset(**options, batch_size=2, shuffle=False)
-    assert [int(n) for n in dataset.samples_per_stream] == [2, 2]
+    assert [int(n) for n in dataset.samples_per_stream] == [2, 2] and dataset.stream_kinds == [
+        "caption",
+        "text",
+    ]
     assert json.loads(Path("vift/split.json").read_text())["dropped"]["specific question"] == 2
     # What is whole is left alone, and the report is made again.
     before = files(Path("vift"))
@@ -104,6 +106,12 @@ def test_a_llava_file(
     assert kept == [
         "<image>", "<image>\nDescribe the picture in detail.", "<image>\nSay a word about it."
     ]  # fmt: skip
+    pasted = yaml.safe_load(said[said.index("train_loader:") : said.index("the same in")])
+    ViFT(**pasted["algorithms"]["vift"])
+    assert pasted["algorithms"]["vift"]["caption_prompts"] == [
+        "describe the picture in detail",
+        "say a word about it",
+    ]
     code, said, _ = runs.typed(monkeypatch, capsys, *words[:4], "few", "--prompts-only")
     assert code == 0 and said.lstrip().startswith("8 samples read: 1 captions")
 
