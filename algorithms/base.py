@@ -31,6 +31,7 @@ _HANDLERS: dict[Event, str] = {
     Event.AFTER_TRAIN_BATCH: "after_train_batch",
     Event.BATCH_END: "batch_end",
     Event.EPOCH_END: "epoch_end",
+    Event.EPOCH_CHECKPOINT: "epoch_checkpoint",
     Event.FIT_END: "fit_end",
 }
 
@@ -40,7 +41,7 @@ class VisionAlgorithm(Algorithm):
 
     Subclasses have any of ``init``, ``before_load``, ``after_load``, ``fit_start``, ``after_dataloader``,
     ``batch_start``, ``before_forward``, ``after_loss``, ``after_backward``, ``after_train_batch`` (before the optimizer's
-    update), ``batch_end``, ``epoch_end``, ``fit_end``; each takes (model, state, logger). Only events with a handler match.
+    update), ``batch_end``, ``epoch_end``, ``epoch_checkpoint`` (after evaluators, before a checkpoint is made), ``fit_end``; each takes (model, state, logger). Only events with a handler match.
 
     * ``after_dataloader``/``batch_start`` see the whole device batch on the CPU: rewrite labels, add small
       tensors under ``token/<name>`` (B, L), ``row/<name>`` (B, ...) or ``patch/<name>`` (P, ...), a function under

@@ -101,7 +101,7 @@ class StreamingVLMDataset(SafeDataset):
         if algorithm is not None and algorithm not in algos:  # Streaming looks when an epoch starts
             raise UserError(f"dataset: shuffle_algo '{algorithm}': unknown{nearest(str(algorithm), algos)}")
         self._asked = {"streams": named, "batching_method": kwargs.get("batching_method", "random")}
-        self._epoch_size_asked = kwargs.get("epoch_size")
+        self.epoch_size_asked = kwargs.get("epoch_size")
         if mixture is not None:
             kwargs.pop("epoch_size", None)
             refuse_other_weights(named, self._asked)
@@ -129,7 +129,7 @@ class StreamingVLMDataset(SafeDataset):
         self._without = [options.get(COLUMN) == IGNORE for options in named.values()]
         try:
             if mixture is not None:
-                self._mix(mixture, self._epoch_size_asked)
+                self._mix(mixture, self.epoch_size_asked)
             self.patch_targets_info = together(lambda: self._check_and_describe(whole))
         except BaseException:
             self.__del__()  # whoever holds the error holds this, too, and the cache must be free for another try
@@ -282,7 +282,7 @@ class StreamingVLMDataset(SafeDataset):
                 "dataset: its mixture was to be replaced when an epoch had begun; see set_mixture"
             )
         refuse_other_weights(self._asked["streams"], self._asked)
-        self._mix(spec, epoch_size if epoch_size is not None else self._epoch_size_asked)
+        self._mix(spec, epoch_size if epoch_size is not None else self.epoch_size_asked)
 
     def set_mixture(self, weights: Mapping[str, float]) -> None:
         """Other weights from the next epoch on; call it alike on all ranks.

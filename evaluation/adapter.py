@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..algorithms.vift.steering import AbilityFusion, Fusion
+from ..algorithms.vift.fusion import Fusion
+from ..algorithms.vift.steering import AbilityFusion
 from ..data.collate import VLMCollator
 from ..data.prompts import Prompt, last_turn, prompt_batch, prompts_of, without_pictures
 from ..models.attention import Visibility

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..algorithms.vift.steering import Fusion
+from ..algorithms.vift.fusion import Fusion
 from ..data.collate import VLMCollator
 from ..models.vlm import VisionLanguageModel
 from .adapter import VLMAdapter

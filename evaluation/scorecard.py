@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..algorithms.vift.steering import Fusion
+from ..algorithms.vift.fusion import Fusion
 from ..data.collate import VLMCollator
 from ..data.prompts import without_pictures
 from ..models.vlm import VisionLanguageModel

@@ -36,7 +36,7 @@ from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
 from .registry import models as model_registry
 from .run_folder import RunFolder, refuse_name, refuse_unwritable
-from .scoring import check_evaluation
+from .scoring import check_evaluation, check_window
 from .stage_data import build_collator, build_dataset, first_samples
 from .stage_run import build_model, parallelism
 from .stages import Stage, resolve
@@ -124,6 +124,7 @@ def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[st
     earlier = stage.start is not None and stage.start.path in names
     source = Stage(stage.name, config, stage.path, "", None) if earlier else stage
     model = build_model(loaded, source, folder, names, meta=True)
+    check_window(loaded, model)
     lr = float(config.optimizer.get("lr", 2.0e-5))
     optimizer = build_optimizer(config, parameter_groups(model, lr, config.lr_by_part, 0.0), where)
     build_scheduler(config, where)

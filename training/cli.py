@@ -254,7 +254,7 @@ def generate(
 def _fusion(
     strength: float | None, ratio: float, layers: str | None, align: str, mode: str
 ) -> dict[str, Any] | None:
-    """Keywords of ``algorithms.vift.steering.Fusion``; None: no fusion was asked for."""
+    """Keywords of ``algorithms.vift.fusion.Fusion``; None: no fusion was asked for."""
     if strength is None:
         if layers is not None or (ratio, align, mode) != (1.0, "suffix", "add"):
             raise UserError("--fuse is missing: how strongly? (0.35 is the method's literal)")

@@ -15,7 +15,7 @@ from composer.utils import dist
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from ..algorithms.vift.steering import Fusion
+from ..algorithms.vift.fusion import Fusion
 from ..data.chat import TEMPLATES, BadConversation
 from ..data.collate import VLMCollator
 from ..data.encode import Rejected
@@ -70,7 +70,7 @@ def evaluate_run(
         remote: other data.
         limit: only the first samples.
         console: for the table.
-        fusion: keywords of ``algorithms.vift.steering.Fusion``: also under ability fusion.
+        fusion: keywords of ``algorithms.vift.fusion.Fusion``: also under ability fusion.
     """
     from .scoring import evaluate, fusion_of
 
@@ -125,7 +125,7 @@ def ask(
         pictures: files; they stand before the words, in order.
         template: chat template; None: that of the run, else ``vicuna_v1``.
         max_new_tokens: longest answer.
-        fusion: keywords of ``algorithms.vift.steering.Fusion``; None: no ability fusion.
+        fusion: keywords of ``algorithms.vift.fusion.Fusion``; None: no ability fusion.
         options: further arguments of transformers' ``generate``.
 
     Raises:

@@ -135,7 +135,7 @@ class PrepareConfig:
 class EvaluationConfig:
     """What is scored when training ends, and shown with the same model blind (``evaluation.scorecard``).
 
-    ``fusion``: also under ability fusion (``algorithms.vift.steering.Fusion``).
+    ``fusion``: also under ability fusion (``algorithms.vift.fusion.Fusion``).
     """
 
     dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(shuffle=False))

@@ -14,7 +14,7 @@ from composer.utils import dist
 from rich.console import Console
 
 from .. import __version__
-from ..algorithms.vift.steering import Fusion
+from ..algorithms.vift.fusion import Fusion
 from ..data.collate import VLMCollator
 from ..data.object_store import Unreachable
 from ..data.streaming import StreamingVLMDataset
@@ -99,6 +99,22 @@ def fusion_of(given: Mapping[str, Any] | None, where: Callable[[str], str]) -> F
         UserError: a keyword or a value that it cannot have.
     """
     return None if given is None else construct(Fusion, dict(given), where)
+
+
+def check_window(loaded: Loaded, model: VisionLanguageModel) -> None:
+    """Refuse a window of ability fusion that the model's decoder does not have.
+
+    Raises:
+        UserError: it would stop the run after training.
+    """
+    config = loaded.run.evaluation
+    where = lambda key: loaded.where("evaluation", "fusion", *([key] if key else []))  # noqa: E731
+    fusion = None if config is None else fusion_of(config.fusion, where)
+    if fusion is not None:
+        try:
+            fusion.coefficients(len(model.anatomy.decoder_layers(model.hf)))
+        except UserError as error:
+            raise UserError(f"{where('')}: {error}") from error
 
 
 class _Told:

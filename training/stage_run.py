@@ -35,6 +35,7 @@ from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
 from .registry import models as model_registry
 from .run_folder import RunFolder
+from .scoring import check_window
 from .stage_data import build_evaluators, build_train_spec, device_batch_size, first_samples
 from .stages import Stage, find_start
 
@@ -131,6 +132,7 @@ def train_stage(
     run, config = loaded.run, stage.config
     started = time.time()
     model = build_model(loaded, stage, folder, names, console=console)
+    check_window(loaded, model)
     precision = run.precision
     if precision == "amp_bf16" and (
         run.device == "cpu" or (run.device is None and not torch.cuda.is_available())
@@ -139,7 +141,11 @@ def train_stage(
     spec, dataset, collator = build_train_spec(loaded, stage, model, folder)
     stage_folder = folder.stage(stage.name)
     algorithms = algorithms_of_stage(
-        loaded, stage.name, config, l2t={"report": str(stage_folder / "l2t_templates.json")}
+        loaded,
+        stage.name,
+        config,
+        l2t={"report": str(stage_folder / "l2t_templates.json")},
+        vift={"refused_log": str(folder.skipped)},
     )
     preflight(loaded, stage, model, dataset, collator, algorithms, console)
     optimizer_where = lambda *key: stage.where(loaded, *key)  # noqa: E731

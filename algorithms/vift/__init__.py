@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .fusion import Fusion as Fusion
     from .steering import AbilityFusion as AbilityFusion
-    from .steering import Fusion as Fusion
     from .vift import ViFT as ViFT
 
 
@@ -16,8 +16,12 @@ def __getattr__(name: str) -> Any:
         from .vift import ViFT
 
         return ViFT
-    if name in ("AbilityFusion", "Fusion"):
-        from . import steering
+    if name == "Fusion":
+        from .fusion import Fusion
 
-        return getattr(steering, name)
+        return Fusion
+    if name == "AbilityFusion":
+        from .steering import AbilityFusion
+
+        return AbilityFusion
     raise AttributeError(name)

@@ -23,12 +23,18 @@ def caption_pool(prompts: Sequence[str] | str, where: str) -> torch.Tensor:
     """
     if isinstance(prompts, str):
         try:
-            lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [
+                line
+                for line in Path(prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "is no text"
             raise UserError(f"{where}: {prompts}: {why}; give a file with one sentence a line") from error
-    else:
+    elif isinstance(prompts, Sequence):
         lines = list(prompts)
+    else:
+        raise UserError(f"{where}: {prompts}: give a list of sentences, or a file with one a line")
     ids = set()
     for line in lines:
         keys = [s.key for s in split_sentences(line)] if isinstance(line, str) else []

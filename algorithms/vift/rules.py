@@ -40,30 +40,25 @@ class Rule:
             raise UserError(f"{where}.rules: metric '{self.metric}': no such stream{nearest(name, streams)}")
         check_weights(self.weights, streams, f"{where}.rules.weights")
 
-    def check_evaluators(self, labels: Sequence[str], where: str) -> None:
-        """Refuse metrics of evaluators that there are not."""
-        if self.metric.startswith(EVALUATED):
-            label = self.metric.split("/")[1]
-            if label not in labels:
-                raise UserError(
-                    f"{where}.rules: metric '{self.metric}': no evaluator '{label}'{nearest(label, labels)}"
-                )
+    def check_evaluators(self, evaluated: Mapping[str, Mapping[str, Any]], where: str) -> None:
+        """Refuse metrics of evaluators that there are not; ``evaluated``: label -> metrics by name."""
+        if not self.metric.startswith(EVALUATED):
+            return
+        _, label, name = self.metric.split("/", 2)
+        if label not in evaluated:
+            raise UserError(
+                f"{where}.rules: metric '{self.metric}': no evaluator '{label}'{nearest(label, evaluated)}"
+            )
+        if name not in evaluated[label]:
+            known = [f"{EVALUATED}{label}/{known}" for known in evaluated[label]]
+            raise UserError(f"{where}.rules: metric '{self.metric}': unknown{nearest(self.metric, known)}")
 
     def value(self, nll: Mapping[str, float | None], evaluated: Mapping[str, Any]) -> float | None:
-        """The metric's value, the same on all ranks; None: there is none yet.
-
-        Raises:
-            UserError: the evaluator has no such metric.
-        """
+        """The metric's value, the same on all ranks; None: there is none yet."""
         if self.metric.startswith(OWN):
             return nll[self.metric.removeprefix(OWN)]
         _, label, name = self.metric.split("/", 2)
-        metrics = evaluated.get(label, {})
-        if name not in metrics:
-            known = [f"{EVALUATED}{label}/{known}" for known in metrics]
-            raise UserError(
-                f"algorithms.vift.rules: metric '{self.metric}': unknown{nearest(self.metric, known)}"
-            )
+        metrics = evaluated[label]
         if not metrics[name].update_called:
             return None
         value = float(metrics[name].compute())

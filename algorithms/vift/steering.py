@@ -15,90 +15,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from ...models.anatomy import anatomy_of
-from ...models.errors import UserError, nearest
-from .functional import MODES, Suffix, common_suffix, fused_states, last_tokens, prompt_ends
+from ...models.errors import UserError
+from .functional import Suffix, common_suffix, fused_states, last_tokens, prompt_ends
+from .fusion import Fusion
 
-ALIGNMENTS = ("suffix", "paper_code")
-"""``suffix``: the tokens that both prompts end with; ``paper_code``: as many as T has, its system prompt falling on M's
-last image tokens."""
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """How strongly, where and which tokens are fused.
-
-    Args:
-        strength: g, shared by the layers of the window: each has a = g / layers. So it means the same at any depth,
-            as far as layers add up. 0 with any ``ratio``: off. The released code's only literal, .025 at 14 layers, is .35.
-        ratio: b / a, what is taken from the states with the picture; 0 needs one pass less.
-        layers: [first, end) of the window; None: the upper half.
-        weights: shares of the strength, one a layer of the window; None: equal ones.
-        align: one of :data:`ALIGNMENTS`.
-        mode: one of ``functional.MODES``.
-        preserve_norm: keep the norm of every state.
-
-    Raises:
-        UserError: a value that makes no sense.
-    """
-
-    strength: float = 0.35
-    ratio: float = 1.0
-    layers: tuple[int, int] | None = None
-    weights: tuple[float, ...] | None = None
-    align: str = "suffix"
-    mode: str = "add"
-    preserve_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for key, known in (("align", ALIGNMENTS), ("mode", MODES)):
-            if getattr(self, key) not in known:
-                raise UserError(
-                    f"fusion.{key} '{getattr(self, key)}': unknown{nearest(str(getattr(self, key)), known)}"
-                )
-        for key in ("strength", "ratio"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
-                raise UserError(f"fusion.{key}: {value}: use a number")
-        for key in ("layers", "weights"):
-            value = getattr(self, key)
-            if value is not None:
-                object.__setattr__(self, key, tuple(value))
-        if self.layers is not None and (len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1]):
-            raise UserError(f"fusion.layers: {list(self.layers)}: use [first, end) with 0 <= first < end")
-        if self.weights is not None and not sum(self.weights):
-            raise UserError("fusion.weights: their sum is 0, so they are no shares")
-
-    @property
-    def off(self) -> bool:
-        """Whether nothing would be changed."""
-        return self.strength == 0
-
-    def coefficients(self, layers: int) -> dict[int, tuple[float, float]]:
-        """(a, b) of each layer of the window, for a decoder of so many layers.
-
-        Raises:
-            UserError: the window does not lie in the decoder.
-        """
-        first, end = self.layers or (layers // 2, layers)
-        if end > layers:
-            raise UserError(
-                f"fusion.layers: [{first}, {end}): the language model has {layers} layers, 0 to {layers - 1}"
-            )
-        shares = self.weights or (1.0,) * (end - first)
-        if len(shares) != end - first:
-            raise UserError(
-                f"fusion.weights: {len(shares)} for the {end - first} layers {first} to {end - 1}"
-            )
-        total = sum(shares)
-        each = {first + i: self.strength * share / total for i, share in enumerate(shares)}
-        return {layer: (a, a * self.ratio) for layer, a in each.items()}
+_IN_FORCE: WeakSet[nn.Module] = WeakSet()
+"""Models that are steered now: a pass over them would not be one as it is."""
 
 
 class AbilityFusion:
@@ -153,15 +82,19 @@ class AbilityFusion:
             text: the same prompts without pictures, ``input_ids`` and ``attention_mask`` (B, L').
             ends: (B,) first column behind each prompt, where more follows (scoring); None: all of the row.
             text_ends: the same for ``text``.
-            most: (B,) most tokens to fuse, such as those of the last user turn; None: all that both end with.
+            most: (B,) most tokens to fuse, such as those of the last user turn; None: all that both end with. Not for
+                ``align: paper_code``, which has its own number.
             around: context for the pass over ``inputs``, as for the generation.
 
         Raises:
-            UserError: two prompts that have no token at their ends in common.
+            UserError: two prompts that have no token at their ends in common; or, while it is on: the model is given
+                other prompts, or is fused already.
         """
         if not self.coefficients:
             yield
             return
+        if self.model in _IN_FORCE:
+            raise UserError("fusion: it is on for this model already; leave that context first")
         suffix, text_suffix, alike = self._aligned(inputs, text, ends, text_ends, most)
         device = next(self.model.parameters()).device
         same = bool(alike.all())
@@ -181,8 +114,12 @@ class AbilityFusion:
                 one = alike[suffix.rows].to(device)[:, None]
                 states = {k: torch.where(one, multimodal[k], v) for k, v in states.items()}
         steer = _Steer(self, suffix.to(device), states, multimodal if needed else {}, inputs, length)
-        with steer.hooks():
-            yield
+        _IN_FORCE.add(self.model)
+        try:
+            with steer.hooks():
+                yield
+        finally:
+            _IN_FORCE.discard(self.model)
 
     def _aligned(
         self,
@@ -193,8 +130,8 @@ class AbilityFusion:
         most: torch.Tensor | None,
     ) -> tuple[Suffix, Suffix, torch.Tensor]:
         """Tokens to fuse in both prompts, and (B,) bool: which rows are the same prompt (no picture)."""
-        ids, mask = inputs["input_ids"].cpu(), _mask(inputs)
-        words, words_mask = text["input_ids"].cpu(), _mask(text)
+        ids, mask = inputs["input_ids"].cpu(), self._mask(inputs)
+        words, words_mask = text["input_ids"].cpu(), self._mask(text)
         if len(ids) != len(words):
             raise UserError(f"fusion: {len(ids)} prompts with pictures and {len(words)} without")
         ends = prompt_ends(mask) if ends is None else ends.cpu()
@@ -223,14 +160,14 @@ class AbilityFusion:
         kept: dict[int, torch.Tensor] = {}
         seen: list[int] = []
         given = int(inputs["input_ids"].shape[1])
-        suffix = suffix.to(device)
 
         def keep(layer: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 x = _states(args, kwargs)
                 seen.append(x.shape[1])
+                at = suffix.to(x.device)
                 # Models that put a picture's tokens in by themselves have longer rows than their input_ids.
-                kept[layer] = x[suffix.rows, suffix.columns + (x.shape[1] - given)].clone()
+                kept[layer] = x[at.rows, at.columns + (x.shape[1] - given)].clone()
 
             return hook
 
@@ -240,15 +177,30 @@ class AbilityFusion:
         options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             options["logits_to_keep"] = 1  # nobody reads them
-        if "position_ids" not in inputs and not bool(_mask(inputs).all()) and self._counts_positions():
+        mask = self._mask(inputs)
+        if "position_ids" not in inputs and not bool(mask.all()) and self._counts_positions():
             # As `generate` does: padding does not count.
-            options["position_ids"] = (_mask(inputs).long().cumsum(1) - 1).clamp(min=0).to(device)
+            options["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0).to(device)
         try:
             self.model(**{k: _to(v, device) for k, v in inputs.items()}, **options)
         finally:
             for handle in handles:
                 handle.remove()
         return kept, seen[-1]
+
+    def _mask(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What is a token, (B, L) on the CPU.
+
+        Raises:
+            UserError: nobody says, and there may be padding.
+        """
+        if inputs.get("attention_mask") is not None:
+            return inputs["attention_mask"].cpu()
+        ids, config = inputs["input_ids"].cpu(), getattr(self.model, "generation_config", None)
+        pad = getattr(config, "pad_token_id", None)
+        if len(ids) > 1 and pad is not None and bool((ids == pad).any()):
+            raise UserError("fusion: padded prompts need their attention_mask")
+        return torch.ones_like(ids)
 
     def _counts_positions(self) -> bool:
         """Whether positions are those in the row; families with positions in pictures (M-RoPE) make their own."""
@@ -272,17 +224,15 @@ class _Steer:
         length: int,
     ):
         self.owner, self.suffix, self.text, self.multimodal = owner, suffix, text, multimodal
-        self.rows, self.given, self.length = (
-            len(inputs["input_ids"]),
-            int(inputs["input_ids"].shape[1]),
-            length,
-        )
-        self.first = 0
+        self.ids = inputs["input_ids"]
+        self.rows, self.given, self.length = len(self.ids), int(self.ids.shape[1]), length
+        self.first, self.begun, self.checked = 0, False, False
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         layers, handles = self.owner.layers, []
         try:
+            handles.append(self.owner.model.register_forward_pre_hook(self._same_prompts, with_kwargs=True))
             handles.append(layers[0].register_forward_pre_hook(self._place, with_kwargs=True))
             for layer in self.owner.coefficients:
                 handles.append(
@@ -293,10 +243,34 @@ class _Steer:
             for handle in handles:
                 handle.remove()
 
+    def _same_prompts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Refuse other prompts than those whose states are kept; looked at in the first call that has a whole prompt."""
+        ids = kwargs.get("input_ids")
+        if self.checked or ids is None or ids.shape[1] < self.given:
+            return
+        self.checked = True
+        times = max(len(ids) // self.rows, 1)
+        wanted = self.ids.to(ids.device).repeat_interleave(times, 0)
+        if len(wanted) != len(ids) or not torch.equal(ids[:, : self.given], wanted):
+            raise UserError("fusion: the model is given other prompts than those that it was made for")
+
     def _place(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Where this call begins. Asked of the cache before the first layer adds to it; a query's length says nothing."""
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        self.first = 0 if cache is None else int(cache.get_seq_length())
+        x = _states(args, kwargs)
+        cache = next((c for c in (*args, *kwargs.values()) if hasattr(c, "get_seq_length")), None)
+        before = 0 if cache is None else cache.get_seq_length()
+        position = kwargs.get("cache_position")
+        if not isinstance(before, int):  # a static cache counts what is no zeros, so padding is not among it
+            before = int(before if position is None else position.flatten()[0])
+        self.first = before
+        if not self.begun:  # models that put a picture's tokens in by themselves
+            self.length = max(self.length, x.shape[1])
+            self.begun = True
+        elif cache is None and x.shape[1] < self.length:
+            raise UserError(
+                f"fusion: {type(module).__name__} is not told of its cache, so where its input stands is not known; generate with "
+                "use_cache=False"
+            )
 
     def _changing(self, layer: int) -> Callable[..., tuple[tuple, dict] | None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -311,7 +285,8 @@ class _Steer:
         return hook
 
     def _changed(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        rows, columns = self.suffix.rows, self.suffix.columns + (self.length - self.given) - self.first
+        suffix = self.suffix.to(x.device)
+        rows, columns = suffix.rows, suffix.columns + (self.length - self.given) - self.first
         text, multimodal = self.text[layer], self.multimodal.get(layer)
         if (
             x.shape[0] != self.rows
@@ -334,11 +309,6 @@ class _Steer:
             x[rows, columns], text, multimodal, a=a, b=b, mode=fusion.mode, preserve_norm=fusion.preserve_norm
         )
         return x.index_put((rows, columns), new)  # out of place: others may hold these states
-
-
-def _mask(inputs: Mapping[str, Any]) -> torch.Tensor:
-    mask = inputs.get("attention_mask")
-    return torch.ones_like(inputs["input_ids"]).cpu() if mask is None else mask.cpu()
 
 
 def _states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:

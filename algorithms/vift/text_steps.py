@@ -72,7 +72,13 @@ class VisionAtRest:
             self.resting = False
             self.rested += 1
 
+    def give_back(self) -> None:
+        """After an update that never came, as where a gradient scaler skips one: what nobody has set since."""
+        for group, kept in zip(self.groups, self._kept, strict=False):
+            group.update({key: value for key, value in kept.items() if group[key] == 0.0})
+        self._kept = []
+
     def remove(self) -> None:
         """Leave the optimizer without a trace."""
-        self.end()
+        self.give_back()
         self._handle.remove()

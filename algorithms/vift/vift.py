@@ -12,13 +12,12 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from ...data.mixture_spec import BATCHES
-from ...data.schema import id_of
 from ...data.streaming import StreamingVLMDataset
 from ...models.errors import UserError, nearest
-from ...models.normalise import global_sum
 from ...models.vlm import VisionLanguageModel
 from ..base import VisionAlgorithm, agree
 from .functional import refused_documents, shows_picture
+from .ledger import LEARNT, NATS, Ledger
 from .prompts import caption_pool
 from .rules import Rule, make_rules
 from .text_steps import VisionAtRest
@@ -41,14 +40,18 @@ class ViFT(VisionAlgorithm):
             dataset's own mixture says, else ``single``.
         rules: the mixture changes when a logged metric asks for it: ``{metric, below | above, weights}`` each, where
             ``metric`` is ``vift/nll/STREAM`` (nats a labelled token since the last look, of all ranks) or
-            ``metrics/LABEL/NAME`` of an evaluator. Looked at where an epoch ends; each acts once, in their order.
+            ``metrics/LABEL/NAME`` of an evaluator. Looked at where an epoch ends, after evaluators; the first that holds and
+            did not act yet acts. From then on its weights stay, whatever phases were to come.
         decision_interval: batches between looks (``50ba``): an epoch of the data is then as long; None: as it is.
-        caption_prompts: sentences that may stand beside a picture, or a file with one a line; none: no words at all.
+        caption_prompts: sentences that may stand beside a picture, or a file with one a line; none: no words at all
+            (punctuation is none).
         max_refused: most samples with a picture and another sentence; above it the run stops (checked after 1, 4, 16 and
             every ``log_interval`` batches and where an epoch ends). They are never learnt from. None: no limit.
-        freeze_vision_on_text_steps: where no sample of a step has a picture, tower and projector keep their bits: else
-            the optimizer's momentum and weight decay would move them.
+        freeze_vision_on_text_steps: in text-only steps tower and projector keep their bits: else the optimizer's momentum
+            and weight decay would move them. These are batches of a stream of kind ``text``; where batches are mixed, or
+            kinds are not said, those in which no rank has a picture, for which ranks ask each other once a step.
         log_interval: batches between entries of ``vift/nll/STREAM``, ``vift/refused`` ...
+        refused_log: JSONL file in which refused samples are named (a run's ``skipped.jsonl``).
     """
 
     name: ClassVar[str] = "vift"
@@ -64,6 +67,7 @@ class ViFT(VisionAlgorithm):
         max_refused: int | None = 0,
         freeze_vision_on_text_steps: bool = True,
         log_interval: int = 10,
+        refused_log: str | None = None,
     ):
         where = f"algorithms.{self.name}"
         if mixture is not None and not isinstance(mixture, Mapping):
@@ -89,13 +93,7 @@ class ViFT(VisionAlgorithm):
         self._dataset: StreamingVLMDataset | None = None
         self._single = False
         self._rest: VisionAtRest | None = None
-        self._here: torch.Tensor | None = (
-            None  # (3, S) of this rank in this step: refused, nats, labelled tokens
-        )
-        self._total: torch.Tensor | None = None  # of all ranks since training began
-        self._seen: torch.Tensor | None = None  # that total at the last look
-        self._logged: torch.Tensor | None = None  # and at the last entry
-        self._named: list[str] = []
+        self.ledger = Ledger(refused_log)
         self._rested = 0
 
     # What the data will be
@@ -121,15 +119,15 @@ class ViFT(VisionAlgorithm):
         for rule in self.rules:
             rule.check(self.streams, where)
         if len(self.streams) < 2:
-            if self.mixture is not None or self.rules:
+            if self.mixture is not None or self.rules or self.interval is not None:
                 raise UserError(
                     f"{where}: there is one stream, so nothing to mix; name several (dataset.streams)"
                 )
             self._single = True
             return
         own = dataset.mixture_spec
-        spec = self.mixture or own or {"weights": self._natural(dataset)}
-        batches = self.batches or spec.get("batches") or "single"
+        spec = self.mixture if self.mixture is not None else own or {"weights": self._natural(dataset)}
+        batches = self.batches or spec.get("batches") or (own or {}).get("batches") or "single"
         wanted = {"duration": duration, **spec, "batches": batches}
         size = None
         if self.interval is not None:
@@ -138,11 +136,15 @@ class ViFT(VisionAlgorithm):
                     f"{where}.decision_interval: an epoch is {self.interval} batches then; give max_duration in ba, not in ep"
                 )
             size = self.interval * dataset.global_batch
+            if dataset.epoch_size_asked is not None:
+                raise UserError(
+                    f"{where}.decision_interval: it is the length of an epoch, and so is epoch_size; give one"
+                )
         try:
             dataset.use_mixture(wanted, size)
         except UserError as error:
             text = str(error).replace(
-                "dataset.mixture", f"{where}.mixture" if self.mixture else "dataset.mixture"
+                "dataset.mixture", f"{where}.mixture" if self.mixture is not None else "dataset.mixture"
             )
             raise UserError(text) from error
         self._single = batches == "single"
@@ -154,13 +156,14 @@ class ViFT(VisionAlgorithm):
 
     def before_load(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Set the mixture, before a checkpoint says where in it training stands."""
-        self._begin(state)
+        if state.max_duration is not None:  # else ``fit`` will say it
+            self._begin(state)
 
     def fit_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Set it where the data came with ``fit``; find the optimizer's vision parameters."""
         self._begin(state)
         for rule in self.rules:
-            rule.check_evaluators([e.label for e in state.evaluators], f"algorithms.{self.name}")
+            rule.check_evaluators(state.eval_metrics, f"algorithms.{self.name}")
         if self.freeze_vision_on_text_steps and self._rest is None:
             self._rest = VisionAtRest(state.optimizers[0])
             self._rest.rested = self._rested
@@ -207,21 +210,11 @@ class ViFT(VisionAlgorithm):
         shown = shows_picture(batch["image_ids"], batch["document_ids"], owner.shape[1])
         refused |= shown & text[stream]  # -1 is the last one
         batch["refused"] = batch["refused"] | refused
-        counts = torch.zeros(3, len(self.streams), dtype=torch.float64)
-        if bool(refused.any()):
-            found = stream[refused]
-            counts[0].index_add_(0, found, torch.ones(len(found), dtype=torch.float64))
-            if len(self._named) < 3:
-                self._named += [
-                    f"'{id_of(batch['sample_ids'][i].tolist())}' of {self.streams[s]}"
-                    for i, s in zip(owner[refused].tolist(), found.tolist(), strict=True)
-                ]
-        self._here = counts
+        self.ledger.refuse(batch, refused, stream, self.streams)
 
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Let vision parameters rest where no rank has a picture."""
         if self._rest is not None and self._rest.groups:
-            self._rest.end()  # an update that never came, as with a gradient scaler that skips one
             self._rest.resting = self._text_only(state.batch)
 
     def _text_only(self, batch: dict[str, Any]) -> bool:
@@ -229,12 +222,12 @@ class ViFT(VisionAlgorithm):
 
         Batches of a single stream say so by its kind; else ranks have to ask each other.
         """
-        of = batch["sample_stream"]
-        of = of[of >= 0].long()
-        if self._single and len(of):
-            kind = self.kinds[int(of[0])]
-            if kind is not None:
-                return kind == "text"
+        kind = self.kinds[0]
+        if len(self.kinds) > 1:  # a mixture has whole global batches: no rank is without a sample
+            of = batch["sample_stream"][0]
+            kind = self.kinds[int(of)] if self._single and of >= 0 else None
+        if kind is not None:
+            return kind == "text"
         return not agree(bool((batch["image_ids"] >= 0).any()))
 
     def after_train_batch(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
@@ -247,39 +240,27 @@ class ViFT(VisionAlgorithm):
     def after_loss(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Add up nats and labelled tokens by stream, without waiting for the device."""
         outputs: Any = state.outputs
-        batch, nll = state.batch, outputs["nll"].detach()
-        length = batch["input_ids"].shape[1]
-        rows = batch["label_rows"]
-        document = batch["document_ids"].flatten()[rows].long().clamp(min=0)
-        stream = batch["row/vift_stream"][rows // length, document]
-        real = (batch["label_weights"] > 0) & (stream >= 0)
-        at = torch.where(real, stream, len(self.streams))  # what counts for none goes behind the last
-        sums = nll.new_zeros(2, len(self.streams) + 1, dtype=torch.float64)
-        values = torch.stack([torch.where(real, nll, 0.0).double(), real.double()])
-        sums.index_add_(1, at, values)
-        assert self._here is not None
-        here = self._here.to(sums.device)
-        here[1:] += sums[:, :-1]
-        self._here = here
+        batch = state.batch
+        self.ledger.learn(batch, outputs["nll"].detach(), batch["row/vift_stream"], len(self.streams))
 
     def batch_end(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Sum over ranks; log now and then; stop above ``max_refused``."""
-        if self._here is not None:
-            total = global_sum(self._here)
-            self._total = total if self._total is None else self._total.to(total.device) + total
-            self._here = None
+        self.ledger.close_step()
+        if self._rest is not None:
+            self._rest.give_back()
         done = int(state.timestamp.batch)
         if done % self.log_interval == 0 or done in _CHECKS:
             self._look(logger)
 
     def epoch_end(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
-        """Look at the rules: alike on all ranks, since what they look at is."""
+        """Log."""
         self._look(logger)
-        if not self.rules or self._total is None:
+
+    def epoch_checkpoint(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
+        """Look at the rules: alike on all ranks, since what they look at is."""
+        since = self.ledger.since_decision() if self.rules else None
+        if since is None:
             return
-        total = self._total.cpu()
-        since = total if self._seen is None else total - self._seen
-        self._seen = total
         chosen: list[Any] = [self._decision(since, state)]
         dist.broadcast_object_list(chosen, src=0)
         if chosen[0] is None:
@@ -295,7 +276,7 @@ class ViFT(VisionAlgorithm):
     def _decision(self, since: torch.Tensor, state: State) -> dict[str, Any] | None:
         """The first rule that did not act yet and whose metric asks for it, and the metric's value."""
         nll = {
-            name: float(since[1, i] / since[2, i]) if since[2, i] > 0 else None
+            name: float(since[NATS, i] / since[LEARNT, i]) if since[LEARNT, i] > 0 else None
             for i, name in enumerate(self.streams)
         }
         acted = {d["rule"] for d in self.decided}
@@ -314,42 +295,31 @@ class ViFT(VisionAlgorithm):
             self._rested, self._rest = self._rest.rested, None
 
     def _look(self, logger: Logger) -> None:
-        if self._total is None:
-            return
-        total = self._total.cpu()
-        new = total if self._logged is None else total - self._logged
-        self._logged = total
-        refused = int(total[0].sum())
-        metrics: dict[str, float] = {"vift/refused": refused}
-        for i, name in enumerate(self.streams):
-            if total[0, i]:
-                metrics[f"vift/refused/{name}"] = int(total[0, i])
-            if new[2, i]:
-                metrics[f"vift/nll/{name}"] = float(new[1, i] / new[2, i])
-        if self._rest is not None:
+        refused, metrics = self.ledger.entries(self.streams)
+        if self._rest is not None and metrics:
             metrics["vift/text_steps"] = self._rest.rested
         logger.log_metrics(metrics)
-        if self.max_refused is not None and refused > self.max_refused:
-            named = [n for part in dist.all_gather_object(self._named) for n in part][:3]
-            by = ", ".join(f"{int(n)} of {name}" for name, n in zip(self.streams, total[0], strict=True) if n)
-            raise UserError(
-                f"algorithms.{self.name}: {refused} samples have a picture and words that are no caption prompt ({by}; such as "
-                f"{', '.join(named)}), more than max_refused={self.max_refused}; leave them out (`opsin data split-vift`), or "
-                "name the words under caption_prompts"
-            )
+        if self.max_refused is None or refused <= self.max_refused:
+            return
+        named = list(dict.fromkeys(n for part in dist.all_gather_object(self.ledger.named) for n in part))[:3]
+        by = ", ".join(
+            f"{int(metrics[k])} of {n}" for n in self.streams if (k := f"vift/refused/{n}") in metrics
+        )
+        raise UserError(
+            f"algorithms.{self.name}: {refused} samples have a picture and words that are no caption prompt, or a picture in a "
+            f"stream of kind text ({by}; such as {', '.join(named)}), more than max_refused={self.max_refused}; leave them out "
+            "(`opsin data split-vift`), or name the words under caption_prompts"
+        )
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Decisions so far and what the next ones stand on."""
-        keep = lambda t: None if t is None else t.tolist()  # noqa: E731
         return {
             "rules": [rule.text for rule in self.rules],
             "decided": self.decided,
-            "total": keep(self._total),
-            "seen": keep(self._seen),
-            "logged": keep(self._logged),
             "text_steps": self._rested if self._rest is None else self._rest.rested,
+            **self.ledger.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
@@ -366,8 +336,7 @@ class ViFT(VisionAlgorithm):
                 "back, or start a new run from its weights (init_from)"
             )
         self.decided = list(decided)
-        given = lambda key: None if state.get(key) is None else torch.tensor(state[key], dtype=torch.float64)  # noqa: E731
-        self._total, self._seen, self._logged = given("total"), given("seen"), given("logged")
+        self.ledger.load_state_dict(state)
         self._rested = int(state.get("text_steps", 0))
 
 

@@ -5,7 +5,7 @@ sentence is one only if all of it fits a pattern: every word has its place in a 
 that can be described is the picture itself. What is missed costs a caption, and the user sees the sentence in the report
 (``--prompts`` takes more of them); what passes wrongly would teach an answer to a question.
 
-Source: ViFT (arXiv 2503.14607) trains on captions and text-only instructions; which sentences are prompts is not given there.
+Source: ViFT (arXiv 2502.11427) trains on captions and text-only instructions; which sentences are prompts is not given there.
 These patterns are Opsin's own, and of English alone.
 """
 

@@ -10,7 +10,7 @@ ViFT learns perception from captions and following instructions from text alone.
 
 A sample that training would refuse (``data/encode.py``) is dropped, too.
 
-Source: ViFT (arXiv 2503.14607) for the two kinds of data; the rules are Opsin's own.
+Source: ViFT (arXiv 2502.11427) for the two kinds of data; the rules are Opsin's own.
 """
 
 from __future__ import annotations

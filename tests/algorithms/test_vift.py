@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +127,7 @@ def test_v6_what_is_refused_is_not_learnt_from() -> None:
 
 def test_v6_named_prompts_may_stand_beside_a_picture(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("what colour is the cube\n\n")
+    file.write_text("\ufeffwhat colour is the cube\n\n", encoding="utf-8")
     for prompts in (["What colour is the cube?"], str(file)):
         run = jobs.train(
             samples=[asked(1), words(2)] * 2, global_batch=2, steps=2,
@@ -248,6 +249,7 @@ def test_nll_of_each_stream_is_that_of_its_samples() -> None:
         ({"decision_interval": "soon"}, "decision_interval: 'soon'"),
         ({"caption_prompts": ["..."]}, "'...': no words"),
         ({"caption_prompts": "nowhere.txt"}, "nowhere.txt: No such file"),
+        ({"caption_prompts": 5}, "caption_prompts: 5: give a list"),
         ({"rules": {"metric": "x"}}, "give a list"),
         ({"rules": [{"metric": "vift/nll/a", "belo": 1, "weights": {}}]}, "did you mean 'below'"),
         ({"rules": [{"metric": "vift/nll/a", "below": 1, "above": 2, "weights": {}}]}, "below or above"),
@@ -286,11 +288,45 @@ def test_a_rule_looks_at_nats_or_at_an_evaluator_and_never_at_a_nan() -> None:
     assert evaluated.holds(evaluated.value({}, {"held-out": {"exact_match": metric}}) or 0)
     idle: Any = SimpleNamespace(update_called=False)
     assert evaluated.value({}, {"held-out": {"exact_match": idle}}) is None
-    with pytest.raises(UserError, match="did you mean 'metrics/held-out/exact_match'"):
-        make_rules([{"metric": "metrics/held-out/exact_mach", "above": 1, "weights": {}}], "r")[0].value(
-            {}, {"held-out": {"exact_match": metric}}
-        )
-    with pytest.raises(UserError, match="no evaluator 'heldout'; did you mean 'held-out'"):
-        make_rules([{"metric": "metrics/heldout/x", "above": 1, "weights": {}}], "r")[0].check_evaluators(
-            ["held-out"], "algorithms.vift"
-        )
+    known = {"held-out": {"exact_match": metric}}
+    for name, says in (
+        ("metrics/held-out/exact_mach", "did you mean 'metrics/held-out/exact_match'"),
+        ("metrics/heldout/x", "no evaluator 'heldout'; did you mean 'held-out'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_rules([{"metric": name, "above": 1, "weights": {}}], "r")[0].check_evaluators(
+                known, "algorithms.vift"
+            )
+    evaluated.check_evaluators(known, "algorithms.vift")
+
+
+def test_an_update_that_never_comes_leaves_no_trace() -> None:
+    """A gradient scaler skips one: the scheduler steps, a checkpoint is made, and training goes on."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([{"params": [weight], "part": "vision_tower"}], lr=1.0, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0 / (n + 1))
+    at_rest, group = VisionAtRest(optimizer), optimizer.param_groups[0]
+    for scheduled in (True, False):
+        before = group["lr"]
+        at_rest.resting = True
+        at_rest.begin()
+        assert group["lr"] == group["weight_decay"] == 0
+        if scheduled:
+            scheduler.step()
+        at_rest.give_back()  # where a batch ends
+        assert group["weight_decay"] == 0.1 and group["lr"] == (0.5 if scheduled else before)
+    assert at_rest.rested == 0
+
+
+def test_refused_samples_are_named_in_a_file(tmp_path: Path) -> None:
+    log = tmp_path / "skipped.jsonl"
+    options = {"max_refused": None, "refused_log": str(log)}
+    jobs.train(
+        samples=[caption(1), asked(2), asked(3), words(4)],
+        global_batch=4,
+        steps=1,
+        algorithms=[(VIFT, options)],
+    )
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [
+        {"id": f"zoo/{i}", "reason": "visual_instruction", "stream": "all"} for i in (2, 3)
+    ]

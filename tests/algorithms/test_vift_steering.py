@@ -11,6 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+)
 
 from opsin.algorithms.vift import AbilityFusion, Fusion
 from opsin.algorithms.vift.functional import common_suffix, fused_states, last_tokens, prompt_ends
@@ -299,6 +307,10 @@ def test_strength_is_shared_by_the_layers_of_the_window() -> None:
         ({"strength": float("nan")}, "fusion.strength"),
         ({"layers": (3, 3)}, "fusion.layers: [3, 3]"),
         ({"weights": (1, -1)}, "their sum is 0"),
+        ({"weights": (1, float("nan"))}, "a number for each layer"),
+        ({"layers": 14}, "fusion.layers: 14"),
+        ({"layers": [0.5, 2]}, "fusion.layers"),
+        ({"preserve_norm": "no"}, "use true or false"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(arguments: dict, says: str) -> None:
@@ -367,3 +379,107 @@ def test_fused_states_are_the_formulas() -> None:
     kept = fused_states(x, t, m, a=5.0, b=2.0, preserve_norm=True)
     assert torch.allclose(kept.norm(dim=1), x.norm(dim=1))
     assert fused_states(x.bfloat16(), t, m, a=0.3, b=0.2).dtype == torch.bfloat16
+
+
+@FAMILIES
+def test_a_static_cache_whose_first_row_is_padded(family: str) -> None:
+    """Such a cache counts keys that are no zeros, and those of padding are; positions come from elsewhere."""
+    model, samples = loud(family), [zoo.sample(4, images=0), zoo.sample(1)]
+    inputs, text = inputs_of(family, samples), inputs_of(family, samples, pictures=False)
+    assert not inputs["attention_mask"][0].all()
+    fusion, logits = AbilityFusion(model.hf, STRONG), {"return_dict_in_generate": True, "output_logits": True}
+    with fusion.on(inputs, text):
+        growing = generate(model, inputs, **logits)
+    with fusion.on(inputs, text):
+        static = generate(model, inputs, cache_implementation="static", **logits)
+    for one, other in zip(growing.logits, static.logits, strict=True):
+        assert torch.allclose(one, other, atol=2e-4)
+
+
+class Expanding(LlamaForCausalLM):
+    """Puts a picture's states in by itself, as the paper's own model does: token 1 becomes six."""
+
+    def forward(
+        self, input_ids: Any = None, inputs_embeds: Any = None, picture: Any = None, **options: Any
+    ) -> Any:
+        if picture is not None and input_ids.shape[1] > 1:
+            words, at = self.model.embed_tokens(input_ids), int((input_ids[0] == 1).nonzero()[0])
+            inputs_embeds = torch.cat([words[:, :at], picture, words[:, at + 1 :]], 1)
+            options = {k: v for k, v in options.items() if k == "past_key_values"}
+            return super().forward(inputs_embeds=inputs_embeds, **options)
+        return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
+
+
+@pytest.mark.parametrize("fusion", [Fusion(1.0, 1.0), Fusion(1.0, 0.0), Fusion(1.0, mode="replace")])
+def test_a_model_that_puts_pictures_in_by_itself(fusion: Fusion) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model: Any = Expanding(LlamaConfig(vocab_size=50, **size)).eval()
+    ids, words, picture = (
+        torch.tensor([[5, 1, 6, 7, 8, 9]]),
+        torch.tensor([[5, 6, 7, 8, 9]]),
+        torch.randn(1, 6, 32),
+    )
+    seen: list[torch.Tensor] = []
+    hook = model.model.layers[2].input_layernorm.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].clone())
+    )
+    with torch.no_grad():
+        model(ids, picture=picture)
+        plain = seen[-1]
+        with AbilityFusion(model, fusion, layers=model.model.layers).on(
+            {"input_ids": ids, "picture": picture}, {"input_ids": words}
+        ):
+            model(ids, picture=picture)
+    hook.remove()
+    changed = (seen[-1] != plain).any(-1)[0].nonzero().flatten().tolist()
+    assert plain.shape[1] == 11 and changed == [7, 8, 9, 10]  # the words; pictures stand at 1 to 6
+
+
+@pytest.mark.parametrize("config", [GPT2Config, GPTNeoXConfig, OPTConfig])
+def test_decoders_that_are_told_of_their_cache_in_other_ways(config: Any) -> None:
+    """By position, under other names: decoding is never steered, which a prompt's first column would show."""
+    torch.manual_seed(1)
+    small = {
+        GPT2Config: {"n_embd": 32, "n_layer": 4, "n_head": 4},
+        GPTNeoXConfig: {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64},
+        OPTConfig: {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    }[config]  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(
+        config(vocab_size=60, max_position_embeddings=64, **small)
+    ).eval()
+    layers = next(m for n, m in model.named_modules() if n.split(".")[-1] in ("h", "layers"))
+    ids = torch.randint(3, 60, (2, 9))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    fusion = AbilityFusion(model, Fusion(3.0, 0.0), layers=layers)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
+    found = []
+    for cache in (True, False):
+        with fusion.on(inputs, inputs):
+            found.append(model.generate(**inputs, **options, use_cache=cache, eos_token_id=None))
+    plain = model.generate(**inputs, **options, eos_token_id=None)
+    assert not torch.allclose(found[0].logits[0], plain.logits[0], atol=1e-3)
+    for one, other in zip(found[0].logits, found[1].logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_one_fusion_at_a_time_and_for_its_own_prompts() -> None:
+    model, samples = loud("llava"), [zoo.sample(5), zoo.sample(6)]
+    inputs, text = inputs_of("llava", samples), inputs_of("llava", samples, pictures=False)
+    fusion = AbilityFusion(model.hf, STRONG)
+    with fusion.on(inputs, text):
+        with (
+            pytest.raises(UserError, match="on for this model already"),
+            AbilityFusion(model.hf).on(inputs, text),
+        ):
+            pass
+        generate(model, inputs, max_new_tokens=1)
+    others = inputs_of("llava", [zoo.sample(7), zoo.sample(8)])
+    with pytest.raises(UserError, match="other prompts"), fusion.on(inputs, text):
+        generate(model, others, max_new_tokens=1)
+    with fusion.on(inputs, text):  # and it can be used again
+        generate(model, inputs, max_new_tokens=1)
+    model.hf.generation_config.pad_token_id = int(inputs["input_ids"][0, 0])
+    bare = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    with pytest.raises(UserError, match="need their attention_mask"), fusion.on(bare, text):
+        pass

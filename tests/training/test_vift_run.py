@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from composer import Trainer
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
+from opsin.algorithms.vift import ViFT
+from opsin.data.batch import vlm_data_spec
 from opsin.data.scenes import SceneConfig, sample
 from opsin.data.schema import unpack_images
 from opsin.data.streaming import StreamingVLMDataset
 from opsin.evaluation.fused import score_fused
 from opsin.evaluation.packed import score
 from opsin.models.errors import UserError
+from opsin.models.vlm import VisionLanguageModel
 from opsin.training import cli
 from opsin.training.check import check
 from opsin.training.config import load
@@ -25,7 +30,10 @@ from opsin.training.metrics_file import read_metrics
 from opsin.training.run_folder import RunFolder
 from opsin.training.train import train
 
+import jobs
 import runs
+import zoo
+from ranks import RankPool
 
 SIZES = {"captions": 48, "text": 24}
 
@@ -150,6 +158,82 @@ def test_rules_switch_once_each_and_a_killed_run_goes_on_the_same(
     assert last(resumed.path, "mixture/") == last(whole.path, "mixture/")
 
 
+def test_a_rule_sees_the_evaluation_of_its_own_epoch(tmp_path: Path, scenes: str, data: dict) -> None:
+    """An evaluator's number, there at the first epoch's end; killed, it decides the same again."""
+    rule = {"metric": "metrics/dev/nll", "above": 0.0, "weights": {"text": 1}}
+    vift = {
+        "mixture": {"weights": {"captions": 1}},
+        "rules": [rule],
+        "decision_interval": "4ba",
+        "log_interval": 1,
+    }
+    dev = {
+        "label": "dev",
+        "dataset": {"remote": data["text"], "shuffle": False},
+        "num_workers": 0,
+        "batch_size": 8,
+    }
+    body = {"eval_loaders": [dev], "eval_interval": "1ep", "max_duration": "10ba"}
+    whole = train(runs.loaded(tmp_path, scenes, **{**changes("eval", data, vift), **body}))
+    lines = list(read_metrics(whole.path / "metrics.jsonl"))
+    assert [line["vift/rule_value"] for line in lines if "vift/rule_value" in line] == [
+        next(line["metrics/dev/nll"] for line in lines if "metrics/dev/nll" in line)
+    ]
+    assert values(whole.path, "vift/text_steps")[:6] == [0, 0, 0, 0, 1, 2]
+    config = runs.config_file(tmp_path, scenes, "k.yaml", **{**changes("killed-eval", data, vift), **body})
+    runs.killed(config, tmp_path / "runs" / "killed-eval", 6)
+    resumed = train(load([config], []))
+    assert runs.losses(resumed.path) == runs.losses(whole.path)
+
+
+def test_a_rank_that_only_fills_up_does_not_wait_for_others(
+    tmp_path: Path, scenes: str, data: dict, ranks: RankPool
+) -> None:
+    """One stream whose samples make no whole global batch: at an epoch's end one of two ranks has none."""
+    few = runs.write_scenes(tmp_path / "few", 17, stream="text")
+    body = changes("few", data, {}, streams={"text": {"remote": few, "kind": "text"}})
+    body |= {"max_duration": "6ba", "global_train_batch_size": 4, "device_train_microbatch_size": 2}
+    ends = ranks.run("jobs:run_yaml", files=[runs.config_file(tmp_path, scenes, **body)])
+    assert len(runs.losses(Path(ends[0]["folder"]))) == 6
+
+
+def test_phases_in_dur_wait_for_a_duration_that_fit_says(data: dict) -> None:
+    """A Trainer without one is built; ``fit(duration=...)`` brings it."""
+    built = zoo.build("llava")
+    model = VisionLanguageModel(built.hf, built.processor)
+    dataset = StreamingVLMDataset(streams=streams(data, "captions", "text"), batch_size=8, shuffle=True)
+    vift = ViFT(
+        mixture={
+            "phases": [
+                {"start": "0ba", "weights": {"captions": 1}},
+                {"start": "0.5dur", "weights": {"text": 1}},
+            ]
+        }
+    )
+    trainer = Trainer(
+        model=model, algorithms=[vift], device="cpu", progress_bar=False,
+        train_dataloader=vlm_data_spec(DataLoader(dataset, 8, collate_fn=jobs.collator(built))),
+        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-4),
+    )  # fmt: skip
+    trainer.fit(duration="4ba")
+    assert dataset.mixture is not None and [p[0] for p in dataset.mixture.phases] == [0, 2]
+    assert vift.state_dict()["text_steps"] == 2
+    trainer.fit(duration="2ba")  # and once more, with what is there
+    assert vift.state_dict()["text_steps"] == 4
+    trainer.close()
+
+
+def test_a_window_that_is_not_there_is_refused_before_training(
+    tmp_path: Path, scenes: str, learnt: RunFolder
+) -> None:
+    body = {**learning(scenes), "run_name": "window"}
+    body["evaluation"] = {**body["evaluation"], "fusion": {"strength": 1, "layers": [2, 9]}}
+    for start in (lambda loaded: check(loaded, Console(quiet=True)), train):
+        with pytest.raises(UserError, match=r"evaluation\.fusion.*has 2 layers"):
+            start(runs.loaded(tmp_path, scenes, **body))
+    assert not list((tmp_path / "runs").rglob("*rank0.pt"))
+
+
 def test_data_that_break_the_promise_are_refused_before_training(
     tmp_path: Path, scenes: str, data: dict
 ) -> None:
@@ -160,6 +244,9 @@ def test_data_that_break_the_promise_are_refused_before_training(
         ({}, {"mixture": {"weights": {"caption": 1}}}, "algorithms.vift.mixture.weights.caption: no such stream"),
         ({}, {"rules": [{**RULES[0], "metric": "vift/nll/word"}]}, "no such stream"),
         ({}, {"rules": [{**RULES[0], "metric": "metrics/dev/nll"}]}, "no evaluator 'dev'"),
+        ({}, {"mixture": {}}, "algorithms.vift.mixture: give either weights or phases"),
+        ({"epoch_size": 24}, {"decision_interval": "2ba"}, "and so is epoch_size; give one"),
+        ({"streams": streams(data, "text")}, {"decision_interval": "2ba"}, "there is one stream"),
         ({}, {"mixture": {"weights": {"text": 1}, "ramps": "step"}}, "algorithms.vift.mixture.ramps: unknown key"),
     )  # fmt: skip
     for dataset, vift, says in wrong:
