@@ -128,6 +128,12 @@ class SafeDataset(StreamingDataset):
                         partial.replace(note)
                 self._shard_states[shard_id] = _ShardState.REMOTE
             raise
+        limit = int(self.cache_limit or 0)
+        if limit and self.cache_usage > limit:
+            # Processes that fetch at once each look for room before any of them has taken it.
+            with self._cache_filelock:
+                while self.cache_usage > limit:
+                    self._evict_coldest_shard()
 
     def _prepare_thread(self, it: _Iterator) -> None:
         """Upstream's, which says that it has ended only if it had no error; the next epoch waits for that."""
