@@ -1,0 +1,1 @@
+"""Scorers of benchmark answers: pure functions of predictions, without torch."""
