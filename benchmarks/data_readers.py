@@ -35,27 +35,33 @@ def pictures(count: int) -> Iterator[dict[str, Any]]:
         yield {"id": f"{i:06}", "conversations": turns, "jpeg": file.getvalue()}
 
 
-def write(root: Path, count: int) -> None:
-    """The same samples in every form."""
-    import datasets
-    import webdataset
+def write_mds(root: Path, count: int) -> None:
+    """The samples as MDS shards alone."""
     from streaming import MDSWriter
 
     from opsin.data.schema import COLUMNS, HASHES, pack_images
 
+    root.mkdir(parents=True, exist_ok=True)
+    with MDSWriter(out=str(root / "mds"), columns=COLUMNS, hashes=list(HASHES), size_limit=1 << 24) as mds:
+        for record in pictures(count):
+            row = {"id": record["id"], "conversations": record["conversations"]}
+            mds.write({**row, "images": pack_images([record["jpeg"]]), "meta": {}})
+
+
+def write(root: Path, count: int) -> None:
+    """The same samples in every form."""
+    import datasets
+    import webdataset
+
+    write_mds(root, count)
     (root / "llava" / "images").mkdir(parents=True)
-    for name in ("mds", "tar"):
-        (root / name).mkdir()
+    (root / "tar").mkdir()
     listed, rows = [], []
-    with (
-        MDSWriter(out=str(root / "mds"), columns=COLUMNS, hashes=list(HASHES), size_limit=1 << 24) as mds,
-        webdataset.ShardWriter(
-            f"{root}/tar/%05d.tar", maxsize=1 << 24, maxcount=max(count // 4, 1), verbose=0
-        ) as tar,
-    ):
+    with webdataset.ShardWriter(
+        f"{root}/tar/%05d.tar", maxsize=1 << 24, maxcount=max(count // 4, 1), verbose=0
+    ) as tar:
         for record in pictures(count):
             name, jpeg, turns = record["id"], record["jpeg"], record["conversations"]
-            mds.write({"id": name, "conversations": turns, "images": pack_images([jpeg]), "meta": {}})
             tar.write({"__key__": name, "jpg": jpeg, "json": {"id": name, "conversations": turns}})
             (root / "llava" / "images" / f"{name}.jpg").write_bytes(jpeg)
             listed.append({"id": name, "image": f"{name}.jpg", "conversations": turns})

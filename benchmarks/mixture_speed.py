@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from data_readers import write
+from data_readers import write_mds
 from data_speed import SAMPLES, TITLES, compare, shown
 
 READERS = ("mixture", "opsin", "streaming")
@@ -26,7 +26,7 @@ def main() -> None:
     body: dict[str, Any] = {"environment": report.environment("cpu"), "samples": SAMPLES, "rounds": rounds}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write(root, 512 if options.quick else SAMPLES)
+        write_mds(root, 512 if options.quick else SAMPLES)
         shutil.copytree(root / "mds", root / "mds-again")
         body["ways"] = compare(root, "folder", READERS, rounds)
     for way, found in body["ways"].items():
