@@ -18,6 +18,9 @@ Picture = Callable[[], bytes]
 NEEDED = ("suite", "id", "kind", "gold", "output")
 """Keys without which a prediction cannot be scored again."""
 
+PER_EXCHANGE = ("asked", "prior")
+"""Keys of ``meta`` that a stored sample has once an exchange, and an item once."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -30,7 +33,7 @@ class Item:
         gold: the right answer, in the suite's own form (``yes``, ``(a)``, ``B``, a caption ...).
         kind: category that tables have a row for.
         choices: answers that may be ranked by log-likelihood, in the form in which the model would say them; may be empty.
-        meta: JSON values that the scorer groups by (pair, source, figure ...).
+        meta: JSON values that the scorer groups by (pair, source, figure ...), and facts that analyses look up.
         system: system prompt of this question; None: the model's own.
     """
 
@@ -59,7 +62,11 @@ class Item:
             "id": self.id,
             "conversations": turns,
             "images": pack_images([read() for read in self.pictures]),
-            "meta": {"turns": "independent", "kinds": [self.kind]},
+            "meta": {
+                **{key: [value] if key in PER_EXCHANGE else value for key, value in self.meta.items()},
+                "turns": "independent",
+                "kinds": [self.kind],
+            },
         }
 
 

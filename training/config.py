@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ..models.errors import UserError, nearest
 from .provenance import Path_, Provenance, find_yaml
 from .schema import InitFrom, RunConfig, StageConfig
+
+Kind = TypeVar("Kind")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Loaded:
 
 
 def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
-    """Merge YAML files left to right, then ``key=value`` arguments, and check every key.
+    """Merge YAML files left to right, then ``key=value`` arguments, and check every key of a run.
 
     ``algorithms.X=true|false`` (and ``X: true|false`` in a later file) toggles a method and keeps the keywords
     written before; ``X: {}`` means defaults. An argument that is a key of stages goes to every stage
@@ -46,9 +48,39 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
         UserError: unknown key, wrong type, missing file, broken YAML or interpolation.
     """
     provenance = Provenance()
-    merged: dict[str, Any] = {}
+    keys = _with_init_from(merged(files, arguments, provenance, spread=_into_stages))
+    return Loaded(_Checker(provenance).dataclass(RunConfig, keys, ()), keys, provenance)
+
+
+def checked(kind: type[Kind], keys: Mapping[str, Any], provenance: Provenance) -> Kind:
+    """Plain data as a dataclass of a schema.
+
+    Raises:
+        UserError: an unknown key or a wrong type, with the nearest right name.
+    """
+    return _Checker(provenance).dataclass(kind, keys, ())
+
+
+def merged(
+    files: Sequence[str],
+    arguments: Sequence[str],
+    provenance: Provenance,
+    spread: Callable[[dict[str, Any], Mapping[Any, Any]], list[str]] | None = None,
+) -> dict[str, Any]:
+    """YAML files left to right, then ``key=value`` arguments, as plain data with interpolations resolved.
+
+    Args:
+        files: by path, or by their path inside the package's ``yamls``.
+        arguments: ``key=value``.
+        provenance: notes where each key was written.
+        spread: gives an argument's layer to sections of the configuration too; returns the names of these stages.
+
+    Raises:
+        UserError: missing file, broken YAML, argument or interpolation, or a ``???`` that was left.
+    """
+    layers: dict[str, Any] = {}
     for name in files:
-        _merge(merged, _read(name, provenance), ())
+        _merge(layers, _read(name, provenance), ())
     for argument in arguments:
         key, separator, _ = argument.partition("=")
         if not separator or not key:
@@ -59,20 +91,19 @@ def load(files: Sequence[str], arguments: Sequence[str] = ()) -> Loaded:
             raise UserError(f"command line: '{argument}': {_line(error)}") from error
         provenance.add_argument(tuple(key.split(".")), argument, layer)
         assert isinstance(layer, dict)
-        _merge(merged, layer, ())
-        for stage in _into_stages(merged, layer):
+        _merge(layers, layer, ())
+        for stage in spread(layers, layer) if spread is not None else ():
             path = ("stages", stage, *key.split("."))
             provenance.add_argument(path, argument, {"stages": {stage: layer}})
-    _refuse_missing(merged, (), provenance)
+    _refuse_missing(layers, (), provenance)
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        plain = OmegaConf.to_container(OmegaConf.create(layers), resolve=True)
     except (OmegaConfBaseException, ValueError, RecursionError) as error:  # an interpolation, or its resolver
         key = str(getattr(error, "full_key", None) or "")
         place = f"{provenance.where(tuple(key.split('.')))}: {key}" if key else "configuration"
         raise UserError(f"{place}: {_line(error)}") from error
     assert isinstance(plain, dict)
-    keys: dict[str, Any] = _with_init_from({str(k): v for k, v in plain.items()})
-    return Loaded(_Checker(provenance).dataclass(RunConfig, keys, ()), keys, provenance)
+    return {str(k): v for k, v in plain.items()}
 
 
 def _into_stages(merged: dict[str, Any], layer: Mapping[Any, Any]) -> list[str]:
