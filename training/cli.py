@@ -170,7 +170,20 @@ def registry(name: Annotated[str | None, typer.Argument(help="One registry.")] =
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[str, typer.Argument(help="Run folder.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Run folder; with CONFIG also a model folder or hub name.")
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(help="YAMLs with suites and analyses, then key=value. None: the run's own table."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for predictions, scores and report.")] = None,
+    rescore: Annotated[
+        Path | None, typer.Option(help="Score a predictions.jsonl again; needs no model.")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="SUITE=SCORER, with --rescore; may be given several times.")
+    ] = None,
     remote: Annotated[str | None, typer.Option(help="Score this dataset instead of the run's own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first samples.")] = None,
     fuse: Annotated[float | None, FUSE] = None,
@@ -179,11 +192,45 @@ def evaluate(
     fuse_align: Annotated[str, FUSE_ALIGN] = "suffix",
     fuse_mode: Annotated[str, FUSE_MODE] = "add",
 ) -> None:
-    """Score a finished run: accuracy by kind of question, beside the same model blind."""
-    from .finished import evaluate_run
-
+    """Measure a model: opsin eval MODEL suites.yaml, or the table of a finished run: opsin eval RUN."""
     fusion = _fusion(fuse, fuse_ratio, fuse_layers, fuse_align, fuse_mode)
-    evaluate_run(Path(run), remote, limit, Console(), fusion)
+    console = Console(quiet=int(os.environ.get("RANK", "0")) != 0)
+    if rescore is not None:
+        from .evaluate import rescore_file
+
+        if model is not None:
+            raise UserError("--rescore: needs no model; leave out everything but --scorer and --out")
+        target = rescore_file(rescore, scorer or [], out, console)
+        console.print(f"scores: {target}", soft_wrap=True)
+        return
+    if scorer:
+        raise UserError("--scorer: goes with --rescore")
+    if model is None:
+        raise UserError("opsin eval: give a run folder, or MODEL and CONFIG, or --rescore predictions.jsonl")
+    if not config:
+        from .finished import evaluate_run
+
+        if out is not None:
+            raise UserError("--out: goes with a CONFIG; the run's own table goes into its folder")
+        evaluate_run(Path(model), remote, limit, Console(), fusion)
+        return
+    if remote is not None:
+        raise UserError("--remote: is for the run's own table; a CONFIG names its data")
+    from .evaluate import evaluate_model
+
+    files, arguments = [c for c in config if _is_file(c)], [c for c in config if not _is_file(c)]
+    if not files:
+        raise UserError(f"opsin eval {model}: give a YAML with suites before {arguments[0]}")
+    arguments += [] if limit is None else [f"limit={limit}"]
+    if fusion is not None:
+        arguments += [f"fusion.{key}={_yaml(value)}" for key, value in fusion.items() if value is not None]
+    folder = evaluate_model(model, files, arguments, out, console)
+    console.print(f"predictions, scores, report: {folder}", soft_wrap=True)
+
+
+def _yaml(value: object) -> str:
+    """A value of an option as a ``key=value`` argument takes it."""
+    return str(value).replace(" ", "")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Registries by name, with descriptions and entry points: how another package adds to Opsin.
 
 A package registers under the entry-point groups ``opsin_algorithms``, ``opsin_models``, ``opsin_datasets``,
-``opsin_evaluations`` and ``opsin_patch_targets``; Composer's own algorithms, callbacks, loggers, optimizers and schedulers are
+``opsin_evaluations``, ``opsin_analyses`` and ``opsin_patch_targets``; Composer's own algorithms, callbacks, loggers, optimizers and schedulers are
 reachable by their snake-case names.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 import catalogue
 
 from ..models.errors import UserError, nearest
+
+_SINGULAR = {"analyses": "analysis", "evaluations": "suite"}
 
 
 class Registry:
@@ -68,7 +70,8 @@ class Registry:
         extra = self._composer() if self._composer else {}
         if name in extra:
             return extra[name]
-        raise UserError(f"{where}: unknown {self.name.rstrip('s')} '{name}'{nearest(name, self.names())}")
+        one = _SINGULAR.get(self.name, self.name.removesuffix("s"))
+        raise UserError(f"{where}: unknown {one} '{name}'{nearest(name, self.names())}")
 
 
 def _snake(name: str) -> str:
@@ -162,11 +165,19 @@ datasets = Registry("datasets", "Data that `prepare:` makes when it is not there
 evaluations = Registry("evaluations", "What is measured of a trained model.", {
     "scorecard": "opsin.evaluation.scorecard:scorecard",
 })  # fmt: skip
+analyses = Registry("analyses", "What is looked at in a trained model beyond its scores.", {
+    "attention": "opsin.evaluation.analyses:Attention",
+    "occlusion": "opsin.evaluation.analyses:Occlusion",
+    "probes": "opsin.evaluation.analyses:Probes",
+    "visual_contribution": "opsin.evaluation.analyses:VisualContribution",
+})  # fmt: skip
 callbacks = Registry(
     "callbacks",
     "Callbacks of Opsin, and Composer's own.",
     {
+        "analysis_monitor": ".analysis_monitor:AnalysisMonitor",
         "mixture_monitor": ".mixture_monitor:MixtureMonitor",
+        "suite_monitor": ".suite_monitor:SuiteMonitor",
         "jarvis_pictures": "opsin.algorithms.jarvis.pictures:JARVISPictures",
         "ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures",
     },
@@ -180,4 +191,15 @@ loggers = Registry("loggers", "Composer's loggers.", {}, _composer_loggers)
 optimizers = Registry("optimizers", "Optimizers of torch and Composer.", {}, _composer_optimizers)
 schedulers = Registry("schedulers", "Learning-rate schedules of Composer.", {}, _composer_schedulers)
 
-ALL = (algorithms, models, datasets, evaluations, patch_targets, callbacks, loggers, optimizers, schedulers)
+ALL = (
+    algorithms,
+    models,
+    datasets,
+    evaluations,
+    analyses,
+    patch_targets,
+    callbacks,
+    loggers,
+    optimizers,
+    schedulers,
+)

@@ -16,7 +16,6 @@ from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from rich.console import Console
 
 from ..algorithms.base import VisionAlgorithm
-from ..algorithms.picture_strips import PictureStrips
 from ..data.collate import VLMCollator
 from ..data.streaming import StreamingVLMDataset
 from ..models.errors import UserError, nearest
@@ -115,13 +114,13 @@ def assert_sharded(trainer: Trainer) -> None:
         )
 
 
-def picture_folders(loaded: Loaded, stage_folder: Path) -> dict[str, dict[str, str]]:
-    """Where callbacks that draw strips write them in a stage, unless the configuration says so: keywords by name."""
+def callback_folders(loaded: Loaded, stage_folder: Path) -> dict[str, dict[str, str]]:
+    """Where callbacks that write files have their folder in a stage, unless the configuration says so: keywords by name."""
     made = {n: callback_registry.get(n, loaded.where("callbacks", n)) for n in loaded.run.callbacks}
     return {
         name: {"folder": str(stage_folder / make.folder_name)}
         for name, make in made.items()
-        if isinstance(make, type) and issubclass(make, PictureStrips)
+        if isinstance(make, type) and hasattr(make, "folder_name")
     }
 
 
@@ -184,7 +183,7 @@ def train_stage(
                 run.callbacks,
                 loaded.where,
                 "callbacks",
-                **picture_folders(loaded, stage_folder),
+                **callback_folders(loaded, stage_folder),
             ),
         ],
         loggers=[

@@ -1,0 +1,289 @@
+"""``opsin eval MODEL CONFIG``: suites asked, analyses made, scores and a report written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..evaluation.adapter import VLMAdapter
+from ..evaluation.asking import Asked, ask_suite
+from ..evaluation.records import Item, prompt_hash, read_predictions, write_predictions
+from ..evaluation.report import write_report
+from ..evaluation.rescore import rescore
+from ..models.errors import UserError
+from .eval_config import Wanted, load_suites
+from .finished import open_model
+from .run_folder import write_atomically
+from .scoring import fusion_of
+
+PREDICTIONS, SCORES, REPORT, ANALYSES = "predictions.jsonl", "scores.json", "report.html", "analyses"
+
+
+@dataclass
+class _Told:
+    """Says now and then how far a suite is."""
+
+    console: Console
+    name: str
+    last: float
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= 30:
+            self.last = time.monotonic()
+            self.console.print(f"{self.name}: {done} of {total} batches")
+
+
+def evaluate_model(
+    model: str, files: Sequence[str], arguments: Sequence[str], out: Path | None, console: Console
+) -> Path:
+    """Measure a model as a YAML says; several ranks share the questions, rank 0 writes.
+
+    Args:
+        model: run folder, model folder or hub name.
+        files: YAMLs, merged left to right.
+        arguments: ``key=value``.
+        out: folder to write; None: in the run's ``eval/``, else in ``eval/`` here, named after the first YAML.
+        console: for tables.
+
+    Returns:
+        the folder with ``predictions.jsonl``, ``scores.json``, ``report.html`` and ``analyses/``.
+
+    Raises:
+        UserError: whatever the user can mend, before the model is asked where that can be known.
+    """
+    wanted = load_suites(files, arguments)
+    config = wanted.config
+    folder = out or default_folder(model, files[0])
+    if folder.is_file():
+        raise UserError(f"--out {folder}: is a file; choose a folder")
+    items = read_items(wanted)
+    samples = {name: analysis.samples() for name, analysis in wanted.analyses.items()}
+    baseline = None if config.baseline is None else read_scores(Path(config.baseline), "baseline")
+    adapter = open_adapter(model, wanted)
+    asked: dict[str, Asked] = {}
+    for name, suite in wanted.suites.items():
+        told = _Told(console, name, time.monotonic())
+        asked[name] = ask_suite(adapter, name, suite, items[name], blind=config.blind, progress=told)
+        if dist.get_global_rank() == 0:  # what was answered is kept, whatever becomes of the rest
+            folder.mkdir(parents=True, exist_ok=True)
+            write_predictions(folder / PREDICTIONS, [r for one in asked.values() for r in one.records])
+    if dist.get_global_rank() != 0:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    analysed = {}
+    pictures: list[tuple[str, dict[str, Any], bytes | None]] = []
+    for name, analysis in wanted.analyses.items():
+        console.print(f"analysis {name}: {len(samples[name])} questions")
+        result = analysis.run(adapter, samples[name])
+        analysed[name] = result.as_dict()
+        (folder / ANALYSES).mkdir(exist_ok=True)
+        write_atomically(folder / ANALYSES / f"{name}.json", json.dumps(analysed[name], indent=1) + "\n")
+        drawn = result.picture(folder / ANALYSES / f"{name}.png")
+        pictures.append((name, analysed[name], None if drawn is None else drawn.read_bytes()))
+    scores = {
+        **head_of(model),
+        "suites": {name: entry_of(wanted, name, items[name], one) for name, one in asked.items()},
+        "analyses": analysed,
+    }
+    if config.lmms is not None:
+        from ..evaluation.lmms.run import run_lmms
+
+        scores["lmms"] = run_lmms(model, folder / "lmms", **config.lmms)
+    write_atomically(folder / SCORES, json.dumps(scores, indent=1) + "\n")
+    console.print(as_table(scores, f"{model}: {folder}"))
+    errors = {name: one.errors for name, one in asked.items() if one.errors}
+    for name, count in errors.items():
+        first = next(r for r in asked[name].records if "error" in r)
+        console.print(
+            f"{name}: {count} of {len(items[name])} questions could not be asked and count as wrong; "
+            f"the first: {first['id']}: {first['error']}",
+            soft_wrap=True,
+        )
+    by_id = {name: {item.id: item for item in these} for name, these in items.items()}
+
+    def shown(suite: str, question: str) -> list[bytes]:
+        return [read() for read in by_id[suite][question].pictures]
+
+    records = [record for one in asked.values() for record in one.records]
+    write_report(
+        folder / REPORT, scores, records, shown,
+        title=f"{Path(model).name}: {', '.join(Path(f).stem for f in files)}",
+        wall=config.wall, baseline=baseline, analyses=pictures,
+    )  # fmt: skip
+    return folder
+
+
+def read_items(wanted: Wanted) -> dict[str, list[Item]]:
+    """The questions of all suites, before any model is loaded.
+
+    Raises:
+        UserError: a suite cannot be read, or has no question.
+    """
+    items = {}
+    for name, suite in wanted.suites.items():
+        try:
+            items[name] = list(suite.load())[: wanted.config.limit]
+        except UserError as error:
+            raise UserError(f"{wanted.where('suites', name)}: {error}") from error
+        if not items[name]:
+            raise UserError(f"{wanted.where('suites', name)}: no question in it")
+    return items
+
+
+def open_adapter(model: str, wanted: Wanted) -> VLMAdapter:
+    """The model of a command line, as a YAML wants it asked."""
+    config = wanted.config
+    fusion = fusion_of(config.fusion, lambda key: wanted.where("fusion", *([key] if key else [])))
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(config.device)
+    loaded, collator = open_model(model, config.chat_template, config.system_prompt)
+    if config.device != "cpu" and torch.cuda.is_available():
+        loaded.to(torch.device("cuda", dist.get_local_rank()))
+    if config.precision != "fp32":
+        loaded.net.autocast_dtype = torch.bfloat16 if config.precision == "amp_bf16" else torch.float16
+    return VLMAdapter(loaded, collator, batch_size=config.batch_size, fusion=fusion)
+
+
+def default_folder(model: str, config: str) -> Path:
+    """Where results go unless ``--out`` says so."""
+    path, name = Path(model), Path(config).stem
+    if (path / "config.yaml").is_file():
+        return path / "eval" / name
+    return Path("eval") / f"{path.name}-{name}"
+
+
+def head_of(model: str) -> dict[str, Any]:
+    """What a score is of."""
+    import transformers
+
+    return {
+        "model": model,
+        "opsin": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def entry_of(wanted: Wanted, name: str, items: Sequence[Item], asked: Asked) -> dict[str, Any]:
+    """One suite in ``scores.json``."""
+    suite = wanted.suites[name]
+    entry = {
+        "suite": wanted.registered[name],
+        "group": suite.group,
+        "mode": suite.mode,
+        "prompt_sha256": prompt_hash(item.question for item in items),
+        "errors": asked.errors,
+        **asked.scores.as_dict(),
+    }
+    if asked.blind is not None:
+        entry["blind"] = {"measures": asked.blind.as_dict()["measures"]}
+    return entry
+
+
+def read_scores(path: Path, what: str) -> dict[str, Any]:
+    """A ``scores.json``.
+
+    Raises:
+        UserError: there is none, or it is something else.
+    """
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{what}: {path}: cannot be read ({getattr(error, 'strerror', None) or 'no JSON'})"
+        ) from error
+    if not isinstance(scores, dict) or not isinstance(scores.get("suites"), dict):
+        raise UserError(f"{what}: {path}: no scores.json of opsin eval")
+    return scores
+
+
+def rescore_file(path: Path, given: Sequence[str], out: Path | None, console: Console) -> Path:
+    """``opsin eval --rescore``: scores of predictions that are there, without a model.
+
+    Args:
+        path: ``predictions.jsonl``, of ``opsin eval`` or made by hand.
+        given: ``SUITE=SCORER`` where a prediction names none, or another scorer is wanted.
+        out: folder to write; None: beside the predictions, as ``rescored.json``.
+        console: for the table.
+
+    Returns:
+        the written scores.
+    """
+    records = read_predictions(path)
+    chosen: dict[str, str] = {}
+    for argument in given:
+        suite, separator, scorer = argument.partition("=")
+        if not separator or suite not in {r["suite"] for r in records}:
+            known = ", ".join(sorted({r["suite"] for r in records}))
+            raise UserError(f"--scorer {argument}: use SUITE=SCORER with a suite of {path} ({known})")
+        chosen[suite] = scorer
+    for record in records:
+        if record["suite"] not in chosen:
+            if not isinstance(record.get("scorer"), str):
+                raise UserError(
+                    f"{path}: suite {record['suite']} names no scorer; give --scorer {record['suite']}=NAME"
+                )
+            chosen[record["suite"]] = record["scorer"]
+    marked, found = rescore(records, chosen)
+    before = path.parent / SCORES
+    known = read_scores(before, "scores")["suites"] if before.is_file() else {}
+    kept = ("suite", "group", "mode", "prompt_sha256", "errors")
+    scores = {
+        "predictions": str(path),
+        "opsin": __version__,
+        "created": head_of("")["created"],
+        "suites": {
+            name: {**{k: v for k, v in known.get(name, {}).items() if k in kept}, **one.as_dict()}
+            for name, one in found.items()
+        },
+    }
+    target = (out or path.parent) / "rescored.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, json.dumps(scores, indent=1) + "\n")
+    write_predictions(target.with_suffix(".jsonl"), marked)
+    console.print(as_table(scores, str(path)))
+    return target
+
+
+def as_table(scores: dict[str, Any], title: str) -> Table:
+    """Scores for a terminal: the primary measure of each suite, and of its kinds."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("suite")
+    table.add_column("measure")
+    for header in ("n", "score", "blind: another picture", "unparsed"):
+        table.add_column(header, justify="right")
+    for name, entry in scores["suites"].items():
+        primary = entry["primary"]
+        rows = [("", entry["measures"], entry.get("blind", {}).get("measures", {}))]
+        rows += [(kind, measures, {}) for kind, measures in entry["by_kind"].items()]
+        for kind, measures, blind in rows:
+            if primary not in measures:
+                continue
+            found = measures[primary]
+            table.add_row(
+                f"  {kind}" if kind else name,
+                "" if kind else f"{primary} ({entry['scorer']})",
+                str(found["n"]),
+                _shown(found),
+                _shown(blind.get(primary)),
+                _shown(measures.get("unparsed")),
+            )
+    return table
+
+
+def _shown(measure: dict[str, Any] | None) -> str:
+    if measure is None or measure["value"] is None:
+        return "-"
+    error = measure["standard_error"]
+    return f"{measure['value']:.2f}" + (f" ±{error:.2f}" if error is not None else "")

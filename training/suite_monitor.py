@@ -1,0 +1,157 @@
+"""Suites asked while training: the same questions at every look, on all ranks, without touching a random state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from composer.core import Callback, State, Time
+from composer.loggers import Logger
+from composer.utils import dist
+
+from ..algorithms.base import unwrap
+from ..data.chat import BadConversation
+from ..data.encode import Rejected
+from ..data.prompts import prompts_of
+from ..evaluation.adapter import VLMAdapter
+from ..evaluation.asking import ask_suite
+from ..evaluation.records import Item, write_predictions
+from ..evaluation.suites import Suite
+from ..models.errors import UserError
+from ..models.vlm import VisionLanguageModel
+from .eval_config import suite_of
+from .schema import Spec
+
+
+class SuiteMonitor(Callback):
+    """Asks suites of questions at intervals and at the end of training, and logs their scores.
+
+    ``metrics/SUITE/MEASURE`` as Composer's evaluators log theirs. Ranks share the questions; answers are put together by
+    question before they are scored, so that pairs and groups are whole and no question counts twice, whatever the
+    number of ranks. Questions that the model cannot be asked are left out once, at the start, and counted.
+
+    Args:
+        suites: name -> ``suite`` (registered; default: the name) and its keywords, as ``opsin eval`` takes them.
+        interval: between looks, in Composer's notation (``500ba``, ``1ep``).
+        limit: questions of each suite, the first ones.
+        batch_size: questions a call of the model.
+        folder: where ``ba<batch>/<suite>.jsonl`` is written; None: predictions are not kept.
+    """
+
+    folder_name: ClassVar[str] = "suites"
+
+    def __init__(
+        self,
+        suites: dict[str, Spec],
+        interval: str = "1ep",
+        limit: int = 500,
+        batch_size: int = 16,
+        folder: str | None = None,
+    ):
+        for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"callbacks.suite_monitor.{name}: {value} is less than 1")
+        self.interval = interval_of("suite_monitor", interval)
+        if not suites:
+            raise UserError("callbacks.suite_monitor.suites: name at least one suite")
+        place = lambda *keys: ".".join(("callbacks.suite_monitor", *keys))  # noqa: E731
+        self.suites = {name: suite_of(name, spec or {}, place, "suites") for name, spec in suites.items()}
+        self.limit, self.batch_size, self.folder = limit, batch_size, folder
+        self._items: dict[str, list[Item]] = {}
+        self._adapter: VLMAdapter | None = None
+        self._shown, self._last = 0, -1
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Read the questions, and leave out what this model cannot be asked."""
+        loader: Any = state.train_dataloader
+        self._adapter = VLMAdapter(unwrap(state.model), loader.collate_fn, batch_size=self.batch_size)
+        for name, suite in self.suites.items():
+            items = list(suite.load())[: self.limit]
+            kept = [item for item in items if askable(self._adapter, item)]
+            if not kept:
+                raise UserError(
+                    f"callbacks.suite_monitor.suites.{name}: none of its {len(items)} questions can be asked"
+                )
+            self._items[name] = kept
+            if len(kept) < len(items):
+                logger.log_metrics({f"metrics/{name}/left_out": len(items) - len(kept)})
+        self._shown = number(
+            state, self.interval
+        )  # after a resumption the next look is due at the next interval
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """A look at each interval."""
+        if number(state, self.interval) > self._shown and self.interval.unit != "ep":
+            self._look(state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """A look at each interval of epochs."""
+        if number(state, self.interval) > self._shown:
+            self._look(state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """A last look."""
+        if self._last != int(state.timestamp.batch):
+            self._look(state, logger)
+
+    def _look(self, state: State, logger: Logger) -> None:
+        assert self._adapter is not None
+        self._shown, self._last = number(state, self.interval), int(state.timestamp.batch)
+        sharded = bool(state.fsdp_enabled)
+        with whole(self._adapter.model, sharded):
+            for name, suite in self.suites.items():
+                asked = ask_suite(self._adapter, name, suite, self._items[name], even=sharded)
+                found = {k: m.value for k, m in asked.scores.measures.items() if m.value is not None}
+                logger.log_metrics({f"metrics/{name}/{key}": value for key, value in found.items()})
+                if self.folder is not None and dist.get_global_rank() == 0:
+                    folder = Path(self.folder) / f"ba{self._last}"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_predictions(folder / f"{name}.jsonl", asked.records)
+
+
+def interval_of(key: str, text: str) -> Time:
+    """An interval of a callback in Composer's notation.
+
+    Raises:
+        UserError: it is none, or less than one batch.
+    """
+    try:
+        interval = Time.from_timestring(text)
+    except ValueError as error:
+        raise UserError(f"callbacks.{key}.interval: '{text}': use 100ba, 1ep and the like") from error
+    if interval.unit not in ("ba", "ep", "sp", "tok") or interval.value < 1:
+        raise UserError(f"callbacks.{key}.interval: '{text}': use 1ba or more, or 1ep or more")
+    return interval
+
+
+def number(state: State, interval: Time) -> int:
+    """Intervals that are over."""
+    return int(state.timestamp.get(interval.unit).value) // int(interval.value)
+
+
+def askable(adapter: VLMAdapter, item: Item) -> bool:
+    """Whether the model can be asked: its pictures can be read and its prompt fits."""
+    try:
+        prompts_of(adapter.collator.encoder, item.stored())
+    except (Rejected, BadConversation, UserError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def whole(model: VisionLanguageModel, sharded: bool) -> Iterator[None]:
+    """Parameters outside decoder layers, gathered: ``generate`` calls the Hugging Face model past ``net.forward``.
+
+    Decoder layers gather their own in their ``forward``, as ever.
+    """
+    if not sharded:
+        yield
+        return
+    net: Any = model.net
+    net.unshard()
+    try:
+        yield
+    finally:
+        net.reshard()
