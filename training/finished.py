@@ -16,14 +16,14 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
 from ..algorithms.vift.fusion import Fusion
-from ..data.chat import TEMPLATES, BadConversation
+from ..data.chat import BadConversation
 from ..data.collate import VLMCollator
 from ..data.encode import Rejected
-from ..data.loader import build_encoder
 from ..data.schema import IMAGE_MARK, pack_images
 from ..evaluation.adapter import VLMAdapter
+from ..evaluation.open_model import open_folder
 from ..models.errors import UserError, nearest
-from ..models.export import describe, load_model
+from ..models.export import load_model
 from ..models.vlm import VisionLanguageModel
 from .config import Loaded, load
 from .run_folder import RunFolder
@@ -164,28 +164,21 @@ def ask(
         raise UserError(f"prompt: {getattr(error, 'detail', error)}") from error
 
 
-def open_model(source: str, template: str | None) -> tuple[VisionLanguageModel, VLMCollator]:
-    """A model from a run folder, a model folder or a hub name, with the collator it was trained with."""
-    path = Path(source)
-    system, name = None, template or "vicuna_v1"
-    if (path / "config.yaml").is_file():
-        _, stage, folder = open_run(path)
-        path, name = folder.model, template or stage.config.chat_template
-        system = stage.config.system_prompt
-    elif (path / "config.json").is_file():
-        noted = describe(path)
-        name, system = template or noted.get("chat_template", name), noted.get("system_prompt")
-    elif path.parent.is_dir() and path.parent != Path():
-        known = [p.name for p in path.parent.iterdir() if p.is_dir()]
-        raise UserError(f"{path}: no run and no model folder{nearest(path.name, known)}")
-    if name not in TEMPLATES:
-        raise UserError(f"--chat-template '{name}': unknown{nearest(name, TEMPLATES)}")
-    model = load_model(str(path))
-    length = getattr(model.hf.config.get_text_config(), "max_position_embeddings", 2048)
-    encoder = build_encoder(
-        model.processor, model.hf.config, template=name, system_prompt=system, max_seq_len=length
-    )
-    return model, VLMCollator(encoder)
+def open_model(
+    source: str, template: str | None, system_prompt: str | None = None
+) -> tuple[VisionLanguageModel, VLMCollator]:
+    """A model from a run folder, a model folder or a hub name, with the collator it was trained with.
+
+    Args:
+        source: where it lies.
+        template: chat template; None: that of the run or noted in the folder, else ``vicuna_v1``.
+        system_prompt: None: likewise, else the template's.
+    """
+    if (Path(source) / "config.yaml").is_file():
+        _, stage, folder = open_run(Path(source))
+        system = stage.config.system_prompt if system_prompt is None else system_prompt
+        return open_folder(str(folder.model), template or stage.config.chat_template, system)
+    return open_folder(source, template, system_prompt)
 
 
 def export_run(path: Path, out: Path, console: Console) -> None:
