@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -19,8 +19,8 @@ from ..models.errors import UserError
 from ..models.geometry import EncodedImage, ImageEncoder
 from .chat import BadConversation, ChatTemplate, Segment, asked_alone, exchanges, render
 from .patch_targets import attach
-from .schema import IMAGE_MARK, Role, stable_hash, unpack_images
-from .sentences import sentence_id, split_sentences
+from .pieces import Piece, common_trunk, expand, joined, tokenise
+from .schema import IMAGE_MARK, stable_hash, unpack_images
 
 
 class Status(IntEnum):
@@ -81,33 +81,6 @@ class Document:
         return len(self.input_ids)
 
 
-@dataclass
-class _Piece:
-    """A rendered and tokenised stretch, image tokens expanded."""
-
-    ids: np.ndarray
-    roles: np.ndarray
-    turns: np.ndarray
-    images: np.ndarray
-    sentences: np.ndarray
-    starts: list[int] = field(default_factory=list)
-
-    def cut(self, part: slice) -> _Piece:
-        return _Piece(
-            self.ids[part], self.roles[part], self.turns[part], self.images[part], self.sentences[part]
-        )
-
-
-def _joined(pieces: Sequence[_Piece]) -> _Piece:
-    return _Piece(
-        np.concatenate([p.ids for p in pieces]),
-        np.concatenate([p.roles for p in pieces]),
-        np.concatenate([p.turns for p in pieces]),
-        np.concatenate([p.images for p in pieces]),
-        np.concatenate([p.sentences for p in pieces]),
-    )
-
-
 class ConversationEncoder:
     """Turns stored samples into documents. Picklable: it lives in data-loader workers.
 
@@ -161,7 +134,7 @@ class ConversationEncoder:
         for turn, (_, answer) in enumerate(pairs):
             if not answer.strip():
                 raise Rejected(Status.EMPTY_ANSWER, f"exchange {turn} has no answer")
-        pictures = self._pictures(sample, pairs)
+        pictures = self.pictures(sample, pairs)
         uid = sample.get("uid") or stable_hash(sample["id"])
         if len(pairs) > 1 and self.independent(sample):
             try:
@@ -185,18 +158,21 @@ class ConversationEncoder:
         Raises:
             Rejected: the pictures do not fit the text, or the prompt is longer than ``max_seq_len``.
         """
-        shown = self._pictures(sample, pairs)
+        shown = self.pictures(sample, pairs)
         segments = render(system, pairs, self.template, self.images.placeholder, open_response=True)
-        piece = self._tokenise(segments, shown)
+        piece = self.tokenise(segments, shown)
         if len(piece.ids) > self.max_seq_len:
             raise Rejected(
                 Status.TOO_LONG, f"the prompt has {len(piece.ids)} tokens, more than {self.max_seq_len}"
             )
-        branches = np.zeros(len(piece.ids), dtype=np.int16)
-        return self._document(piece, branches, self.images.positions(piece.images, shown), shown, 1, 0, 0)
+        return self.branched(piece, (), shown, 1)
 
-    def _pictures(self, sample: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[EncodedImage]:
-        """Decode and process; the first pictures are enough where the last exchanges are left out."""
+    def pictures(self, sample: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[EncodedImage]:
+        """Decode and process; the first pictures are enough where the last exchanges are left out.
+
+        Raises:
+            Rejected: they do not fit the marks in the text, or one cannot be read.
+        """
         marks = sum(user.count(IMAGE_MARK) for user, _ in pairs)
         try:
             encoded = unpack_images(sample["images"])
@@ -230,19 +206,9 @@ class ConversationEncoder:
         kept = len(pairs)
         while kept:
             shown = images[: sum(user.count(IMAGE_MARK) for user, _ in pairs[:kept])]
-            piece = self._tokenise(
-                render(system, pairs[:kept], self.template, self.images.placeholder), shown
-            )
+            piece = self.tokenise(render(system, pairs[:kept], self.template, self.images.placeholder), shown)
             if len(piece.ids) <= self.max_seq_len:
-                return self._document(
-                    piece,
-                    np.zeros(len(piece.ids), dtype=np.int16),
-                    self.images.positions(piece.images, shown),
-                    shown,
-                    uid,
-                    visit,
-                    len(pairs) - kept,
-                )
+                return self.branched(piece, (), shown, uid, visit, len(pairs) - kept)
             # Each exchange has a known number of tokens: go straight to the number of exchanges that fit.
             ends = np.searchsorted(np.maximum.accumulate(piece.turns), np.arange(kept), side="right")
             kept = min(kept - 1, int((ends <= self.max_seq_len).sum()))
@@ -260,10 +226,10 @@ class ConversationEncoder:
         pieces = []
         for turn, pair in enumerate(pairs):
             segments = render(system, [pair], self.template, self.images.placeholder, first_turn=turn)
-            pieces.append(self._tokenise(segments, images))
-        trunk = _common_trunk(pieces)
+            pieces.append(self.tokenise(segments, images))
+        trunk = common_trunk(pieces)
         shared = pieces[0].cut(slice(0, trunk))
-        shared.turns = np.full(trunk, -1, dtype=np.int16)
+        shared.turns, shared.starts = np.full(trunk, -1, dtype=np.int16), pieces[0].starts
         branches, length = [], trunk
         for piece in pieces:
             branch = piece.cut(slice(trunk, None))
@@ -275,125 +241,46 @@ class ConversationEncoder:
             raise Rejected(
                 Status.TOO_LONG, f"the first exchange alone has more than {self.max_seq_len} tokens"
             )
-        joined = _joined([shared, *branches])
-        joined.starts = pieces[0].starts
-        lengths = [len(b.ids) for b in branches]
-        branch_ids = np.repeat(np.arange(len(branches) + 1), [trunk, *lengths]).astype(np.int16)
-        positions = self.images.positions(shared.images, images)
-        following = int(positions.max(initial=-1)) + 1
-        after = np.concatenate([following + np.arange(n) for n in lengths])
-        tail = after if positions.ndim == 1 else np.broadcast_to(after, (positions.shape[0], len(after)))
-        positions = np.concatenate([positions, tail], axis=-1)
-        return self._document(joined, branch_ids, positions, images, uid, visit, len(pairs) - len(branches))
+        return self.branched(shared, branches, images, uid, visit, len(pairs) - len(branches))
 
-    def _document(
+    def branched(
         self,
-        piece: _Piece,
-        branch_ids: np.ndarray,
-        positions: np.ndarray,
+        trunk: Piece,
+        branches: Sequence[Piece],
         images: list[EncodedImage],
         uid: int,
-        visit: int,
-        truncated: int,
+        visit: int = 0,
+        truncated: int = 0,
     ) -> Document:
+        """A document of a trunk that holds the pictures and of branches, each as if it followed the trunk alone."""
+        whole = joined([trunk, *branches])
+        lengths = [len(b.ids) for b in branches]
+        positions = self.images.positions(trunk.images, images)
+        following = int(positions.max(initial=-1)) + 1
+        after = following + np.concatenate([np.arange(0), *(np.arange(n) for n in lengths)])
+        tail = after if positions.ndim == 1 else np.broadcast_to(after, (positions.shape[0], len(after)))
         return Document(
-            input_ids=piece.ids,
-            roles=piece.roles,
-            turn_ids=piece.turns,
-            branch_ids=branch_ids,
-            image_ids=piece.images,
-            sentence_ids=piece.sentences,
-            position_ids=positions,
+            input_ids=whole.ids,
+            roles=whole.roles,
+            turn_ids=whole.turns,
+            branch_ids=np.repeat(np.arange(len(branches) + 1), [len(trunk.ids), *lengths]).astype(np.int16),
+            image_ids=whole.images,
+            sentence_ids=whole.sentences,
+            position_ids=np.concatenate([positions, tail], axis=-1),
             images=images,
-            image_starts=piece.starts,
+            image_starts=trunk.starts,
             uid=int(uid),
             visit=visit,
             truncated_turns=truncated,
         )
 
-    def _tokenise(self, segments: Sequence[Segment], images: Sequence[EncodedImage]) -> _Piece:
-        """Tokenise rendered segments once and read roles, turns and sentences off the character spans."""
-        text = "".join(s.text for s in segments)
-        lengths = [len(s.text) for s in segments]
-        # Role and turn of every character; the extra one at the end serves empty spans.
-        role_of = np.repeat(
-            np.array([*(int(s.role) for s in segments), int(Role.MARKER)], np.int8), [*lengths, 1]
-        )
-        turn_of = np.repeat(np.array([*(s.turn for s in segments), -1], np.int16), [*lengths, 1])
-        sentence_of = np.zeros(len(text) + 1, np.int64)
-        start = 0
-        for segment, length in zip(segments, lengths, strict=True):
-            if segment.role == Role.INSTRUCTION:
-                for sentence in split_sentences(segment.text):
-                    sentence_of[start + sentence.start : start + sentence.end] = sentence_id(sentence.key)
-            start += length
-        encoded = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
-        ids = np.asarray(encoded["input_ids"], np.int64)
-        first, last, empty = _character_span(
-            text, np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        )
-        # The template says where a text ends; a tokenizer's own EOS would close a prompt that is to be answered.
-        end = len(ids) - int(np.argmin(empty[::-1])) if len(ids) else 0
-        ids, first, last, empty = ids[:end], first[:end], last[:end], empty[:end]
-        inside = (role_of[first] == role_of[last]) & ~empty
-        # A token that straddles two roles belongs to neither, so it is never learnt.
-        roles = np.where(inside, role_of[first], np.int8(Role.MARKER)).astype(np.int8)
-        turns = np.where(empty, np.int16(-1), turn_of[first]).astype(np.int16)
-        sentences = np.where(inside & (sentence_of[first] == sentence_of[last]), sentence_of[first], 0)
-        is_image = ids == self.images.image_token_id
-        # Wrapper tokens around a picture (vision start, vision end) are template text.
-        roles = np.where(roles == Role.IMAGE, np.where(is_image, roles, np.int8(Role.MARKER)), roles).astype(
-            np.int8
-        )
-        if int(is_image.sum()) != len(images):
+    def tokenise(self, segments: Sequence[Segment], images: Sequence[EncodedImage]) -> Piece:
+        """Rendered segments as tokens, pictures put in.
+
+        Raises:
+            Rejected: the text has another number of image tokens than there are pictures.
+        """
+        piece = tokenise(self.tokenizer, self.images.image_token_id, segments)
+        if int((piece.images == 0).sum()) != len(images):
             raise Rejected(Status.IMAGE_COUNT, "the text itself contains the model's image token")
-        return _expand(_Piece(ids, roles, turns, np.where(is_image, 0, -1), sentences), images)
-
-
-def _character_span(text: str, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First and last character of each token, leading white space ignored; and which tokens have none."""
-    space = np.fromiter((c.isspace() for c in text), bool, len(text))
-    index = np.arange(len(text) + 1)
-    # Index of the next character that is no white space.
-    following = np.minimum.accumulate(np.where(np.append(space, False), len(text), index)[::-1])[::-1]
-    start, end = offsets[:, 0], offsets[:, 1]
-    # Some tokenizers cut spaces off a token's span: one of spaces alone reaches back to the token before it.
-    before = np.concatenate([[0], np.maximum.accumulate(end)[:-1]])
-    start = np.where((end <= start) & (start > 0), before, start)
-    empty = end <= start
-    first = np.where(following[start] < end, following[start], start)
-    return np.where(empty, len(text), first), np.where(empty, len(text), np.maximum(end - 1, 0)), empty
-
-
-def _expand(piece: _Piece, images: Sequence[EncodedImage]) -> _Piece:
-    """Replace each image token by its picture's tokens."""
-    counts = np.ones(len(piece.ids), np.int64)
-    where = np.flatnonzero(piece.images == 0)
-    counts[where] = [len(i.token_ids) for i in images]
-    out = _Piece(
-        np.repeat(piece.ids, counts),
-        np.repeat(piece.roles, counts),
-        np.repeat(piece.turns, counts),
-        np.repeat(piece.images, counts).astype(np.int16),
-        np.repeat(piece.sentences, counts),
-    )
-    starts = (np.cumsum(counts) - counts)[where]
-    for ordinal, (start, image) in enumerate(zip(starts, images, strict=True)):
-        span = slice(start, start + len(image.token_ids))
-        out.ids[span] = image.token_ids
-        out.roles[span] = Role.IMAGE
-        out.images[span] = ordinal
-    out.starts = [int(s) for s in starts]
-    return out
-
-
-def _common_trunk(pieces: Sequence[_Piece]) -> int:
-    """Length of the tokens that all pieces share: system prompt and pictures, never words of a question."""
-    limit = min(len(p.ids) for p in pieces)
-    for piece in pieces:
-        words = np.flatnonzero((piece.roles == Role.INSTRUCTION) | (piece.roles == Role.RESPONSE))
-        limit = min(limit, int(words[0]) if len(words) else limit)
-    for piece in pieces[1:]:
-        differ = np.flatnonzero(pieces[0].ids[:limit] != piece.ids[:limit])
-        limit = min(limit, int(differ[0]) if len(differ) else limit)
-    return limit
+        return expand(piece, images)

@@ -116,7 +116,7 @@ def with_targets(encoder: Any, sample: dict, number: int) -> dict:
     """Values of a patch: sample, picture, view, row, column."""
     pictures = []
     for p, data in enumerate(unpack_images(sample["images"])):
-        (image,) = encoder._pictures(
+        (image,) = encoder.pictures(
             {**sample, "images": pack_images([data]), "conversations": ONE}, [("<image>", "")]
         )
         grids = tuple(v.grid for v in image.views)
