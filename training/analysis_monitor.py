@@ -18,14 +18,14 @@ from ..evaluation.adapter import VLMAdapter
 from ..models.errors import UserError
 from .eval_config import analysis_of
 from .schema import Spec
-from .suite_monitor import interval_of, number, whole
+from .suite_monitor import interval_of, number
 
 
 class AnalysisMonitor(Callback):
     """Makes analyses at intervals and at the end of training.
 
-    All ranks look at all questions, so that they run the same modules; rank 0 writes ``ba<batch>/<name>.json`` and
-    ``.png``. Numbers are logged as ``analyses/NAME/KEY``, pictures go to every logger that takes images.
+    Ranks share the questions; rank 0 writes ``ba<batch>/<name>.json`` and ``.png``. Not for sharded models: analyses call
+    the model as often as their questions want, which differs between ranks; analyse a checkpoint with ``opsin eval``. Numbers are logged as ``analyses/NAME/KEY``, pictures go to every logger that takes images.
 
     Args:
         analyses: name -> ``analysis`` (registered; default: the name), ``data`` and its keywords, as ``opsin eval`` takes them.
@@ -55,7 +55,15 @@ class AnalysisMonitor(Callback):
         self._shown, self._last = 0, -1
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Read the questions."""
+        """Read the questions.
+
+        Raises:
+            UserError: the model is sharded, or a question cannot be read.
+        """
+        if state.fsdp_enabled:
+            raise UserError(
+                "callbacks.analysis_monitor: not with parallelism_config.fsdp2; analyse a finished stage with `opsin eval`"
+            )
         self._samples = {name: analysis.samples() for name, analysis in self.analyses.items()}
         self._shown = number(state, self.interval)
 
@@ -78,8 +86,7 @@ class AnalysisMonitor(Callback):
         self._shown, self._last = number(state, self.interval), int(state.timestamp.batch)
         loader: Any = state.train_dataloader
         adapter = VLMAdapter(unwrap(state.model), loader.collate_fn, batch_size=self.batch_size)
-        with whole(adapter.model, bool(state.fsdp_enabled)):
-            results = {name: a.run(adapter, self._samples[name]) for name, a in self.analyses.items()}
+        results = {name: a.run(adapter, self._samples[name]) for name, a in self.analyses.items()}
         for name, result in results.items():
             found = result.as_dict()
             logger.log_metrics({f"analyses/{name}/{key}": value for key, value in numbers(found)})

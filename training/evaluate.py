@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..evaluation.adapter import VLMAdapter
+from ..evaluation.analysis import Result
 from ..evaluation.asking import Asked, ask_suite
 from ..evaluation.records import Item, prompt_hash, read_predictions, write_predictions
 from ..evaluation.report import write_report
@@ -77,19 +78,13 @@ def evaluate_model(
         if dist.get_global_rank() == 0:  # what was answered is kept, whatever becomes of the rest
             folder.mkdir(parents=True, exist_ok=True)
             write_predictions(folder / PREDICTIONS, [r for one in asked.values() for r in one.records])
+    results = {}
+    for name, analysis in wanted.analyses.items():  # ranks share their questions, too
+        console.print(f"analysis {name}: {len(samples[name])} questions")
+        results[name] = analysis.run(adapter, samples[name])
     if dist.get_global_rank() != 0:
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    analysed = {}
-    pictures: list[tuple[str, dict[str, Any], bytes | None]] = []
-    for name, analysis in wanted.analyses.items():
-        console.print(f"analysis {name}: {len(samples[name])} questions")
-        result = analysis.run(adapter, samples[name])
-        analysed[name] = result.as_dict()
-        (folder / ANALYSES).mkdir(exist_ok=True)
-        write_atomically(folder / ANALYSES / f"{name}.json", json.dumps(analysed[name], indent=1) + "\n")
-        drawn = result.picture(folder / ANALYSES / f"{name}.png")
-        pictures.append((name, analysed[name], None if drawn is None else drawn.read_bytes()))
+    analysed, pictures = write_analyses(folder, results)
     scores = {
         **head_of(model),
         "suites": {name: entry_of(wanted, name, items[name], one) for name, one in asked.items()},
@@ -121,6 +116,21 @@ def evaluate_model(
         wall=config.wall, baseline=baseline, analyses=pictures,
     )  # fmt: skip
     return folder
+
+
+def write_analyses(
+    folder: Path, results: Mapping[str, Result]
+) -> tuple[dict[str, dict[str, Any]], list[tuple[str, dict[str, Any], bytes | None]]]:
+    """Write ``analyses/NAME.json`` and ``.png``; returns the numbers, and what a report shows."""
+    numbers: dict[str, dict[str, Any]] = {}
+    shown: list[tuple[str, dict[str, Any], bytes | None]] = []
+    for name, result in results.items():
+        numbers[name] = result.as_dict()
+        (folder / ANALYSES).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ANALYSES / f"{name}.json", json.dumps(numbers[name], indent=1) + "\n")
+        drawn = result.picture(folder / ANALYSES / f"{name}.png")
+        shown.append((name, numbers[name], None if drawn is None else drawn.read_bytes()))
+    return numbers, shown
 
 
 def read_items(wanted: Wanted) -> dict[str, list[Item]]:

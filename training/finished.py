@@ -159,7 +159,7 @@ def ask(
     }
     adapter = VLMAdapter(model, collator, max_new_tokens=max_new_tokens, fusion=how)
     try:
-        return adapter.answers([sample], **options)[0][0]
+        return adapter.generate([sample], **options)[0][0]
     except (Rejected, BadConversation) as error:
         raise UserError(f"prompt: {getattr(error, 'detail', error)}") from error
 

@@ -211,7 +211,7 @@ def draw_samples(
     model: VisionLanguageModel, collator: VLMCollator, samples: list[dict[str, Any]], folder: RunFolder
 ) -> None:
     """Sheet of pictures with what the model says."""
-    answers = VLMAdapter(model, collator, max_new_tokens=16).answers(samples)
+    answers = VLMAdapter(model, collator, max_new_tokens=16).generate(samples)
     sample_sheet(samples, answers, folder.samples)
 
 

@@ -18,7 +18,6 @@ from ..data.prompts import prompts_of
 from ..evaluation.adapter import VLMAdapter
 from ..evaluation.asking import ask_suite
 from ..evaluation.records import Item, write_predictions
-from ..evaluation.suites import Suite
 from ..models.errors import UserError
 from ..models.vlm import VisionLanguageModel
 from .eval_config import suite_of
