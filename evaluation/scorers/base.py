@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from ...models.errors import UserError, nearest
+from .ranked import RANKS, likeliest
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Measure:
         value: None where there is nothing to measure.
         n: what it is a mean over (questions, pairs, figures ...).
         standard_error: of ``value``; None where it has none.
-        unit: ``share`` (0 .. 1), ``nats``, ``count`` ...
+        unit: ``share`` (0 .. 1), ``nats``, ``count`` (then ``n`` is what it is counted among) ...
     """
 
     value: float | None
@@ -41,29 +45,41 @@ def share(flags: Iterable[bool]) -> Measure:
 
 
 def mean(values: Iterable[float], unit: str = "share") -> Measure:
-    """Mean with the standard error of independent values."""
+    """Mean with the standard error of independent values; the same in any order."""
     found = [float(value) for value in values]
     n = len(found)
     if not n:
         return Measure(None, 0, None, unit)
-    average = sum(found) / n
+    average = math.fsum(found) / n
     if n < 2:
         return Measure(average, n, None, unit)
-    variance = sum((value - average) ** 2 for value in found) / (n - 1)
+    variance = math.fsum((value - average) ** 2 for value in found) / (n - 1)
     return Measure(average, n, math.sqrt(variance / n), unit)
 
 
-def mean_of(parts: Sequence[Measure]) -> Measure:
-    """Unweighted mean of independent measures (of sources, of categories), as CV-Bench and MMStar print it."""
-    known = [part for part in parts if part.value is not None]
-    if not known or len(known) < len(parts):
-        return Measure(None, sum(part.n for part in parts))
-    value = sum(part.value or 0.0 for part in known) / len(known)
-    errors = [part.standard_error for part in known]
+def mean_of(parts: Sequence[Measure], *, related: bool = False) -> Measure:
+    """Unweighted mean of measures (of sources, of categories), as CV-Bench and MMStar print it.
+
+    Args:
+        parts: without a value as soon as one of them has none: a mean over fewer parts is another number.
+        related: they share questions or pictures, so that their errors need not be independent. The standard error is
+            then its upper bound: the mean of theirs.
+    """
+    n = sum(part.n for part in parts)
+    values = [part.value for part in parts if part.value is not None]
+    if not parts or len(values) < len(parts):
+        return Measure(None, n)
+    errors = [part.standard_error for part in parts if part.standard_error is not None]
     error = None
-    if all(e is not None for e in errors):
-        error = math.sqrt(sum((e or 0.0) ** 2 for e in errors)) / len(known)
-    return Measure(value, sum(part.n for part in known), error)
+    if len(errors) == len(parts):
+        total = math.fsum(errors) if related else math.sqrt(math.fsum(e * e for e in errors))
+        error = total / len(parts)
+    return Measure(math.fsum(values) / len(parts), n, error)
+
+
+def counted(value: int, among: int) -> Measure:
+    """How many of ``among`` things."""
+    return Measure(float(value), among, None, "count")
 
 
 @dataclass(frozen=True)
@@ -100,19 +116,53 @@ class Scores:
 class Scorer(ABC):
     """Reads answers and adds them up.
 
+    A prediction that ranks its choices (``logprobs``) is read as though the model had said the likeliest one, so
+    every scorer serves both modes; its ``primary`` measure and ``accuracy`` are then also given under the other
+    normalisation (``accuracy_by_token``). A prediction with an ``error`` was never asked: it has no reading and is wrong.
+
     Class attributes:
-        name: of the scorer.
+        name: of the scorer; an instance that ranks by token is called ``name@token``.
         version: changes whenever the same predictions could score otherwise.
         primary: the measure that stands for the suite.
+
+    Args:
+        rank: how ranked choices are compared: ``sum`` of the log-likelihood (nats), or its mean a ``token``.
+
+    Raises:
+        UserError: another ``rank``.
     """
 
-    name: ClassVar[str]
+    name: str
     version: ClassVar[int] = 1
     primary: ClassVar[str] = "accuracy"
+
+    def __init__(self, rank: str = "sum"):
+        if rank not in RANKS:
+            raise UserError(f"scorer {self.name}: rank '{rank}'{nearest(rank, RANKS)}")
+        self.rank = rank
+        if rank != "sum":
+            self.name = f"{type(self).name}@{rank}"
 
     @abstractmethod
     def parse(self, record: Mapping[str, Any]) -> str | None:
         """The answer read from ``record["output"]``; None: it cannot be read."""
+
+    def parse_choice(self, record: Mapping[str, Any], choice: str) -> str | None:
+        """The answer that one of ``record["choices"]`` stands for."""
+        return self.parse({**record, "output": choice})
+
+    def read(self, record: Mapping[str, Any]) -> str | None:
+        """The answer of a prediction, ranked or in words.
+
+        Raises:
+            UserError: its log-likelihoods are none.
+        """
+        if record.get("error"):
+            return None
+        if record.get("logprobs"):
+            choice = likeliest(record, self.rank)
+            return None if choice is None else self.parse_choice(record, choice)
+        return self.parse(record)
 
     def right(self, record: Mapping[str, Any], parsed: str | None) -> bool:
         """Whether the reading is the gold answer."""
@@ -122,12 +172,17 @@ class Scorer(ABC):
         """Numbers of some marked predictions (with ``parsed`` and ``right``); the suite's own go here."""
         return {"accuracy": share(record["right"] for record in marked)}
 
+    def measures_of_kind(self, marked: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
+        """Numbers of the predictions of one kind: the same, unless some make sense for a whole suite only."""
+        return self.measures(marked)
+
     def mark(self, records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The predictions with ``parsed`` and ``right``, whatever they had there before."""
         marked = []
         for record in records:
-            parsed = self.parse(record)
-            marked.append({**record, "parsed": parsed, "right": self.right(record, parsed)})
+            parsed = self.read(record)
+            right = not record.get("error") and self.right(record, parsed)
+            marked.append({**record, "parsed": parsed, "right": right})
         return marked
 
     def score(self, records: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Scores]:
@@ -137,9 +192,21 @@ class Scorer(ABC):
         by_kind = {}
         if len(kinds) > 1:
             by_kind = {
-                kind: self._numbers([record for record in marked if record["kind"] == kind]) for kind in kinds
+                kind: self._numbers([r for r in marked if r["kind"] == kind], whole=False) for kind in kinds
             }
         return marked, Scores(self.name, self.version, self.primary, self._numbers(marked), by_kind)
 
-    def _numbers(self, marked: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
-        return {**self.measures(marked), "unparsed": share(record["parsed"] is None for record in marked)}
+    def _numbers(self, marked: Sequence[Mapping[str, Any]], whole: bool = True) -> dict[str, Measure]:
+        numbers = self._measured(marked, whole)
+        numbers["unparsed"] = share(record["parsed"] is None for record in marked)
+        if any(record.get("logprobs") for record in marked):
+            other = copy.copy(self)
+            other.rank = next(rank for rank in RANKS if rank != self.rank)
+            found = other._measured(other.mark(marked), whole)
+            for name in (self.primary, "accuracy"):
+                if name in found:
+                    numbers[f"{name}_by_{other.rank}"] = found[name]
+        return numbers
+
+    def _measured(self, marked: Sequence[Mapping[str, Any]], whole: bool) -> dict[str, Measure]:
+        return dict(self.measures(marked) if whole else self.measures_of_kind(marked))
