@@ -33,11 +33,7 @@ def model_folder(source: str) -> str:
 
 
 def open_folder(
-    source: str,
-    template: str | None = None,
-    system_prompt: str | None = None,
-    *,
-    dtype: str = "float32",
+    source: str, template: str | None = None, system_prompt: str | None = None
 ) -> tuple[VisionLanguageModel, VLMCollator]:
     """A model and its collator from a run folder, a model folder or a hub name.
 
@@ -45,7 +41,6 @@ def open_folder(
         source: where it lies.
         template: chat template; None: the one noted in the folder, else ``vicuna_v1``.
         system_prompt: None: the one noted in the folder, else the template's.
-        dtype: of the weights in memory.
 
     Raises:
         UserError: nothing can be loaded from there, or an unknown template.
@@ -56,7 +51,7 @@ def open_folder(
     system = noted.get("system_prompt") if system_prompt is None else system_prompt
     if name not in TEMPLATES:
         raise UserError(f"--chat-template '{name}': unknown{nearest(name, TEMPLATES)}")
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder)
     length = getattr(model.hf.config.get_text_config(), "max_position_embeddings", 2048)
     encoder = build_encoder(
         model.processor, model.hf.config, template=name, system_prompt=system, max_seq_len=length

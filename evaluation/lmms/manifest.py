@@ -19,7 +19,7 @@ _WRAPPER = "opsin.evaluation.lmms.wrapper"
 
 def manifest() -> list[Any]:
     """Manifests of lmms-eval's model registry."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     return [
         ModelManifest(model_id=MODEL, simple_class_path=f"{_WRAPPER}.Opsin"),
