@@ -134,7 +134,7 @@ def asked(model: Any, collator: Any, samples: list[dict[str, Any]], fusion: Any)
 
     adapter = VLMAdapter(model, collator, max_new_tokens=3, batch_size=64, fusion=fusion)
     told = []
-    for sample, texts in zip(samples, adapter.answers(samples), strict=True):
+    for sample, texts in zip(samples, adapter.generate(samples), strict=True):
         meta = sample["meta"]
         for turn, ((_, answer, kind), text) in enumerate(zip(questions(sample), texts, strict=True)):
             told.append(

@@ -30,7 +30,7 @@ def prompts_of(encoder: ConversationEncoder, sample: dict[str, Any], index: int 
     Responses of the stored sample are never part of their own prompt.
     """
     system, pairs = exchanges(sample["conversations"])
-    if encoder.independent(sample):
+    if len(pairs) > 1 and encoder.independent(sample):  # a single one stays as it is, as in training
         questions = asked_alone([user for user, _ in pairs])
         asked = [[(question, answer)] for question, (_, answer) in zip(questions, pairs, strict=True)]
     else:

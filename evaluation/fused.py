@@ -39,7 +39,7 @@ def score_fused(
     adapter = VLMAdapter(
         model, collator, max_new_tokens=max(lengths) + 1, batch_size=batch_size, fusion=fusion
     )
-    said = adapter.answers(samples)
+    said = adapter.generate(samples)
     return [
         Scored(sample["id"], turn, kind, text == answer)
         for sample, asked, texts in zip(samples, gold, said, strict=True)

@@ -116,12 +116,12 @@ def steered_states(
 @FAMILIES
 def test_v1_no_strength_gives_the_plain_answers_to_the_token(family: str) -> None:
     model, samples = loud(family), [zoo.sample(s, turns=2) for s in (1, 2)]
-    plain = VLMAdapter(model, collator(family), max_new_tokens=6).answers(samples, **LONG)
+    plain = VLMAdapter(model, collator(family), max_new_tokens=6).generate(samples, **LONG)
     for off in (Fusion(strength=0.0), Fusion(strength=0.0, ratio=3.0, mode="replace")):
         adapter = VLMAdapter(model, collator(family), max_new_tokens=6, fusion=off)
-        assert adapter.answers(samples, **LONG) == plain
+        assert adapter.generate(samples, **LONG) == plain
     fused = VLMAdapter(model, collator(family), max_new_tokens=6, fusion=STRONG)
-    assert fused.answers(samples, **LONG) != plain, "the test would not notice fusion"
+    assert fused.generate(samples, **LONG) != plain, "the test would not notice fusion"
 
 
 @FAMILIES
@@ -182,9 +182,9 @@ def test_v4_decoding_from_the_cache_equals_computing_everything_anew(family: str
 def test_v5_a_batch_of_unequal_lengths_equals_one_by_one(family: str, fusion: Fusion) -> None:
     model = loud(family)
     samples = [zoo.sample(s, images=i, turns=t) for s, i, t in ((1, 1, 1), (2, 1, 3), (3, 0, 1), (8, 1, 1))]
-    together = VLMAdapter(model, collator(family), batch_size=6, fusion=fusion).answers(samples, **LONG)
-    alone = VLMAdapter(model, collator(family), batch_size=1, fusion=fusion).answers(samples, **LONG)
-    plain = VLMAdapter(model, collator(family), batch_size=6).answers(samples, **LONG)
+    together = VLMAdapter(model, collator(family), batch_size=6, fusion=fusion).generate(samples, **LONG)
+    alone = VLMAdapter(model, collator(family), batch_size=1, fusion=fusion).generate(samples, **LONG)
+    plain = VLMAdapter(model, collator(family), batch_size=6).generate(samples, **LONG)
     assert together == alone
     assert together != plain
 
@@ -260,7 +260,7 @@ def test_images_that_see_themselves_do_so_in_the_pass_over_the_pictures() -> Non
     handle = layer.input_layernorm.register_forward_pre_hook(
         lambda module, args: left.append(args[0].clone())
     )
-    adapter.answers([zoo.sample(3)], suppress_tokens=SPECIALS)
+    adapter.generate([zoo.sample(3)], suppress_tokens=SPECIALS)
     handle.remove()
     text, image, steered = left  # the two passes as they are, and the prompt of the generation
     assert text.shape[1] < image.shape[1] == steered.shape[1]
@@ -280,7 +280,7 @@ def test_only_the_last_user_turn_is_fused() -> None:
     handle = layer.input_layernorm.register_forward_pre_hook(
         lambda module, args: changed.append(args[0].clone())
     )
-    adapter.answers([sample], suppress_tokens=SPECIALS)
+    adapter.generate([sample], suppress_tokens=SPECIALS)
     handle.remove()
     gone = (changed[-1] == 0).all(-1)[
         0

@@ -76,7 +76,7 @@ def test_answers_of_a_left_padded_batch_are_those_of_one_prompt_at_a_time(
 ) -> None:
     model = fresh(family, bidirectional_images=bidirectional)
     together, alone = (
-        VLMAdapter(model, collator(family), max_new_tokens=8, batch_size=size).answers(unequal(), **LONG)
+        VLMAdapter(model, collator(family), max_new_tokens=8, batch_size=size).generate(unequal(), **LONG)
         for size in (16, 1)
     )
     assert together == alone
@@ -101,7 +101,7 @@ def test_answers_are_those_of_plain_transformers(family: str) -> None:
         )  # fmt: skip
         expected = encoder.tokenizer.decode(out[0, length:], skip_special_tokens=True).strip()
         adapter = VLMAdapter(model, collator(family), max_new_tokens=8)
-        assert adapter.answers([sample], **LONG) == [[expected]]
+        assert adapter.generate([sample], **LONG) == [[expected]]
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -116,7 +116,7 @@ def test_the_packed_forward_passes_likeliest_first_token_is_the_one_generated(
     first = torch.cat([torch.ones(1, dtype=torch.bool), answers[1:] != answers[:-1]])
     logits[:, SPECIALS] = -torch.inf
     likeliest = zoo.tokenizer().batch_decode(logits[first].argmax(1)[:, None])
-    generated = VLMAdapter(model, collator(family), max_new_tokens=1).answers(samples, **LONG)
+    generated = VLMAdapter(model, collator(family), max_new_tokens=1).generate(samples, **LONG)
     assert [t.strip() for t in likeliest] == [t for answer in generated for t in answer]
 
 
@@ -129,7 +129,7 @@ def test_packed_scores_are_the_verdicts_on_greedy_answers_all_through_a_training
     for step in range(81):
         if step % 20 == 0:
             verdicts = [s.right for s in score(model, collator("llava"), samples, batch_size=4)]
-            answers = VLMAdapter(model, collator("llava"), max_new_tokens=16).answers(samples)
+            answers = VLMAdapter(model, collator("llava"), max_new_tokens=16).generate(samples)
             gold = [[t["value"] for t in s["conversations"] if t["from"] == "gpt"] for s in samples]
             exact = [a == g for x, y in zip(answers, gold, strict=True) for a, g in zip(x, y, strict=True)]
             assert verdicts == exact
@@ -208,7 +208,7 @@ def test_a_model_with_bidirectional_images_says_so_and_load_model_restores_it(tm
     plain = AutoModelForImageTextToText.from_pretrained(folder)
     assert largest_difference(ours, plain, collator("llava"), unequal()) > 0.01
     answers = [
-        VLMAdapter(m, collator("llava"), max_new_tokens=8).answers(unequal(), **LONG) for m in (ours, again)
+        VLMAdapter(m, collator("llava"), max_new_tokens=8).generate(unequal(), **LONG) for m in (ours, again)
     ]
     assert answers[0] == answers[1]
     # What the user asks for goes before what the folder says.
