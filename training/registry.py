@@ -162,8 +162,15 @@ datasets = Registry("datasets", "Data that `prepare:` makes when it is not there
     "scenes": ".prepare:scenes",
     "easy_vqa": ".prepare:easy_vqa",
 })  # fmt: skip
-evaluations = Registry("evaluations", "What is measured of a trained model.", {
-    "scorecard": "opsin.evaluation.scorecard:scorecard",
+evaluations = Registry("evaluations", "Suites of questions for `opsin eval` and `suites:`: benchmarks whose files you have, and our scenes.", {
+    "cv_bench": "opsin.evaluation.benchmarks:cv_bench",
+    "hallusion_bench": "opsin.evaluation.benchmarks:hallusion_bench",
+    "mmbench": "opsin.evaluation.benchmarks:mmbench",
+    "mmvp": "opsin.evaluation.benchmarks:mmvp",
+    "multiple_choice": "opsin.evaluation.benchmarks:multiple_choice",
+    "open_answers": "opsin.evaluation.benchmarks:open_answers",
+    "pope": "opsin.evaluation.benchmarks:pope",
+    "scenes": "opsin.evaluation.benchmarks:scenes",
 })  # fmt: skip
 analyses = Registry("analyses", "What is looked at in a trained model beyond its scores.", {
     "attention": "opsin.evaluation.analyses:Attention",
