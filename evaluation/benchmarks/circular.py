@@ -11,6 +11,7 @@ from ..scorers.mcq import ROLL
 from ..suites import Suite
 from .items import (
     LETTER_PROMPT,
+    NOTHING,
     letter_of,
     lettered,
     letters,
@@ -84,7 +85,7 @@ def _item(index: int, rows: dict[int, Row], folder: str, prompt: str) -> Item:
     column = next((c for c in ("image", "image_path") if holder.get(c)), None)
     pictures = pictures_of(holder[column] if column else [], folder, row.place)
     hint = row.optional("hint")
-    text = "\n".join([*([hint] if hint else []), row.text("question"), lettered(options)])
+    text = "\n".join([*([hint] if hint not in NOTHING else []), row.text("question"), lettered(options)])
     meta = {
         "index": index,
         "options": list(options),

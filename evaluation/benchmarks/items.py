@@ -21,6 +21,9 @@ LETTER_PROMPT = "Answer with the option's letter from the given choices directly
 WORD_PROMPT = "Answer the question using a single word or phrase."
 """LLaVA-1.5's sentences behind multiple-choice and short-answer questions."""
 
+NOTHING = ("", "nan")
+"""An empty cell, and what pandas makes of one that it takes for text."""
+
 MODES = ("generate", "rank")
 
 _NUMBERED = re.compile(r"<image ?(\d+)>")
@@ -176,7 +179,7 @@ def option_list(row: Row, column: str) -> tuple[str, ...]:
 
 
 def option_columns(row: Row) -> tuple[str, ...]:
-    """Options in columns ``A``, ``B`` ... up to the first that is not there or empty.
+    """Options in columns ``A``, ``B`` ... up to the first that is not there, empty or ``nan``.
 
     Raises:
         UserError: there are fewer than 2.
@@ -184,7 +187,7 @@ def option_columns(row: Row) -> tuple[str, ...]:
     options: list[str] = []
     for letter in letters(26):
         text = row.optional(letter)
-        if not text:
+        if text in NOTHING:
             break
         options.append(text)
     if len(options) < 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 import os
 import subprocess
@@ -19,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from opsin.evaluation.readers import (
     FORMS,
@@ -34,13 +32,9 @@ from opsin.evaluation.readers.addresses import ENDINGS, cached_folder
 from opsin.evaluation.readers.parquet import KEPT, _ParquetPictures
 from opsin.models.errors import UserError
 
+from question_files import picture
+
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def picture(number: int, form: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (8, 6), (number % 256, 100, 7)).save(out, form)
-    return out.getvalue()
 
 
 def text64(number: int) -> str:
