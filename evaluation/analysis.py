@@ -25,17 +25,39 @@ class Result(Protocol):
 
 
 class Analysis(ABC):
-    """A measurement that is more than a score. Subclasses give a name, default questions and :meth:`run`.
+    """A measurement that is more than a score.
 
     Class attributes:
         name: as it is registered.
-
-    Args:
-        data: the suite whose questions are looked at; None: scenes, as the subclass wants them.
-        limit: first questions of it.
     """
 
     name: ClassVar[str]
+
+    @abstractmethod
+    def samples(self) -> list[dict[str, Any]]:
+        """What it looks at, in stored form, one exchange each; read before any model is loaded.
+
+        Raises:
+            UserError: it cannot be read, or there is nothing.
+        """
+
+    @abstractmethod
+    def run(self, adapter: VLMAdapter, samples: Sequence[dict[str, Any]]) -> Result:
+        """Look at a model. Every rank calls this with the same samples.
+
+        Args:
+            adapter: the model.
+            samples: of :meth:`samples`.
+        """
+
+
+class OfQuestions(Analysis):
+    """An analysis of the questions of a suite.
+
+    Args:
+        data: the suite; None: scenes, as the subclass wants them.
+        limit: the first so many questions.
+    """
 
     def __init__(self, data: Suite | None = None, limit: int = 200):
         if limit < 2:
@@ -47,21 +69,8 @@ class Analysis(ABC):
     def default_data(self) -> Suite:
         """Questions where the configuration names none."""
 
-    @abstractmethod
-    def run(self, adapter: VLMAdapter, samples: Sequence[dict[str, Any]]) -> Result:
-        """Look at a model.
-
-        Args:
-            adapter: the model.
-            samples: questions in stored form, one exchange each.
-        """
-
     def samples(self) -> list[dict[str, Any]]:
-        """Its questions, read and in stored form.
-
-        Raises:
-            UserError: there are none.
-        """
+        """The first questions of its suite."""
         items = list((self.data or self.default_data()).load())[: self.limit]
         if not items:
             raise UserError(f"{self.name}: no question to look at")

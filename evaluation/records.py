@@ -77,7 +77,7 @@ def prediction(suite: str, item: Item, output: str, **extra: Any) -> dict[str, A
         suite: name of the suite in the configuration.
         item: what was asked.
         output: the model's raw answer.
-        extra: further JSON values (``logprobs``: nats of each of ``choices``).
+        extra: further JSON values (``logprobs``: for each of ``choices`` ``sum`` (nats) and ``tokens``).
     """
     return {
         "suite": suite,

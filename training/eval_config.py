@@ -11,7 +11,7 @@ from typing import Any
 from ..evaluation.analyses import Analysis
 from ..evaluation.suites import Suite
 from ..models.errors import UserError
-from .builders import construct
+from .builders import check_arguments, construct
 from .config import checked, merged
 from .provenance import Provenance
 from .registry import Registry, analyses, evaluations
@@ -88,6 +88,11 @@ def load_suites(files: Sequence[str], arguments: Sequence[str] = ()) -> Wanted:
         raise UserError(f"{wanted.where('precision')}: '{config.precision}': use fp32, amp_bf16 or amp_fp16")
     if not (config.suites or config.analyses or config.lmms):
         raise UserError("configuration: nothing is asked; give suites: or analyses:")
+    if config.lmms is not None:
+        from ..evaluation.lmms.run import run_lmms
+
+        where = partial(_place, partial(wanted.where, "lmms"))
+        check_arguments(run_lmms, config.lmms, where, {"model": "", "out": ""})
     for name, spec in config.suites.items():
         wanted.registered[name] = str(spec.get("suite", name))
         wanted.suites[name] = suite_of(name, spec, wanted.where, "suites")

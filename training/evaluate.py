@@ -90,10 +90,14 @@ def evaluate_model(
         "suites": {name: entry_of(wanted, name, items[name], one) for name, one in asked.items()},
         "analyses": analysed,
     }
+    failed = None
     if config.lmms is not None:
         from ..evaluation.lmms.run import run_lmms
 
-        scores["lmms"] = run_lmms(model, folder / "lmms", **config.lmms)
+        try:
+            scores["lmms"] = run_lmms(model, folder / "lmms", **config.lmms)
+        except UserError as error:  # what the suites scored is written first
+            failed = error
     write_atomically(folder / SCORES, json.dumps(scores, indent=1) + "\n")
     console.print(as_table(scores, f"{model}: {folder}"))
     errors = {name: one.errors for name, one in asked.items() if one.errors}
@@ -115,6 +119,8 @@ def evaluate_model(
         title=f"{Path(model).name}: {', '.join(Path(f).stem for f in files)}",
         wall=config.wall, baseline=baseline, analyses=pictures,
     )  # fmt: skip
+    if failed is not None:
+        raise failed
     return folder
 
 
@@ -278,15 +284,16 @@ def as_table(scores: dict[str, Any], title: str) -> Table:
         rows = [("", entry["measures"], entry.get("blind", {}).get("measures", {}))]
         rows += [(kind, measures, {}) for kind, measures in entry["by_kind"].items()]
         for kind, measures, blind in rows:
-            if primary not in measures:
+            name_of = primary if primary in measures else "accuracy"  # a kind may not have what the whole has
+            if name_of not in measures:
                 continue
-            found = measures[primary]
+            found = measures[name_of]
             table.add_row(
                 f"  {kind}" if kind else name,
-                "" if kind else f"{primary} ({entry['scorer']})",
+                f"{primary} ({entry['scorer']})" if not kind else "" if name_of == primary else name_of,
                 str(found["n"]),
                 _shown(found),
-                _shown(blind.get(primary)),
+                _shown(blind.get(name_of)),
                 _shown(measures.get("unparsed")),
             )
     return table
