@@ -22,7 +22,7 @@ from .items import (
 
 
 def mmbench(
-    path: str,
+    path: str | list[str],
     images: str | None = None,
     splits: list[str] | None = None,
     prompt: str = LETTER_PROMPT,
@@ -40,7 +40,7 @@ def mmbench(
     question may lack copies. Kinds are categories.
 
     Args:
-        path: the file.
+        path: the file, or a list of files.
         images: folder that ``image_path`` starts from; default: that of the file.
         splits: values of ``split`` (``dev``) that are asked; default: all.
         prompt, mode, max_new_tokens, limit, group: see :func:`.yes_no.pope`.
@@ -62,7 +62,7 @@ def mmbench(
             here = {row.text("split") for row in rows.values()} if splits else set()
             for split in splits or ():
                 if split not in here:
-                    raise UserError(f"splits: '{split}': {path} has {', '.join(sorted(here))}")
+                    raise UserError(f"splits: '{split}': {file} has {', '.join(sorted(here))}")
             chosen = {index: row for index, row in rows.items() if not splits or row.text("split") in splits}
             first: dict[int, int] = {}
             for index in chosen:

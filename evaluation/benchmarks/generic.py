@@ -26,7 +26,7 @@ _IDS = ("id", "index", "idx", "question_id")
 
 
 def multiple_choice(
-    path: str,
+    path: str | list[str],
     images: str | None = None,
     question: str = "question",
     answer: str = "answer",
@@ -45,7 +45,7 @@ def multiple_choice(
     """Multiple choice from any TSV, CSV, JSON or parquet file (MMStar, BLINK, AI2D ...).
 
     Args:
-        path: the file, or a folder of parquet files.
+        path: the file, or a folder of parquet files; or a list of either.
         images: folder of pictures that rows name; default: that of the file.
         question: column of the question.
         answer: column of the answer: a letter, in any decoration, or an option's text.
@@ -90,7 +90,7 @@ def multiple_choice(
 
 
 def open_answers(
-    path: str,
+    path: str | list[str],
     images: str | None = None,
     question: str = "question",
     answer: str = "answer",
@@ -131,7 +131,7 @@ def open_answers(
 
 
 def _items(
-    path: str,
+    path: str | list[str],
     images: str | None,
     image: str | Sequence[str],
     category: str | None,

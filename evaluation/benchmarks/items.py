@@ -31,7 +31,7 @@ _NUMBERED = re.compile(r"<image ?(\d+)>")
 
 def make_suite(
     load: Callable[[], list[Item]],
-    path: str,
+    path: str | list[str],
     *,
     group: str,
     scorer: str,
@@ -53,6 +53,7 @@ def make_suite(
     Raises:
         UserError: a keyword has no such value.
     """
+    where = path if isinstance(path, str) else ", ".join(path)
     known("group", group, GROUPS)
     known("mode", mode, MODES)
     for name, value in (("max_new_tokens", max_new_tokens), ("limit", limit)):
@@ -62,17 +63,17 @@ def make_suite(
     def checked() -> list[Item]:
         items = load()
         if not items:
-            raise UserError(f"{path}: no question in it")
+            raise UserError(f"{where}: no question in it")
         seen: set[str] = set()
         for item in items:
             if item.id in seen:
-                raise UserError(f"{path}: question {item.id} is there twice")
+                raise UserError(f"{where}: question {item.id} is there twice")
             seen.add(item.id)
         items = items[:limit]
         if mode == "rank":
             for item in items:
                 if len(item.choices) < 2:
-                    raise UserError(f"{path}: question {item.id} has no choices to rank; use mode: generate")
+                    raise UserError(f"{where}: question {item.id} has no choices to rank; use mode: generate")
         check_pictures(picture for item in items for picture in item.pictures)
         return items
 

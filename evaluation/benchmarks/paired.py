@@ -33,7 +33,7 @@ _PARTS = {"2d": SOURCES[:2], "3d": SOURCES[2:]}
 
 
 def mmvp(
-    path: str,
+    path: str | list[str],
     images: str | None = None,
     labels: str = "official",
     prompt: str = LETTER_PROMPT,
@@ -49,7 +49,7 @@ def mmvp(
     are a pair, ``meta.pair``.
 
     Args:
-        path: the file, or the folder that has it.
+        path: the file, or the folder that has it; or a list of files.
         images: folder of ``1.jpg``, ``2.jpg`` ...; default: ``MMVP Images`` beside the file.
         labels: whose answers of the four questions in ``LABELS`` hold, whatever the file has there: ``official`` (those of
             the published numbers) or ``corrected`` (lmms-eval's). Scores of the two are not comparable.
@@ -113,7 +113,7 @@ def _marked_options(row: Row, text: str) -> tuple[str, ...]:
 
 
 def cv_bench(
-    path: str,
+    path: str | list[str],
     images: str | None = None,
     part: str | None = None,
     prompt: str = LETTER_PROMPT,
@@ -130,7 +130,7 @@ def cv_bench(
     are as many of each.
 
     Args:
-        path: folder of the files, or one of them.
+        path: folder of the files (a remote one: of the parquet files), or one of them, or a list of files.
         images: folder that ``filename`` starts from; default: that of the file.
         part: ``2d`` or ``3d``; default: both. Tables by group have a place for each part, not for both together.
         prompt, mode, max_new_tokens, limit: see :func:`.yes_no.pope`.

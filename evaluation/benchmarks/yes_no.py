@@ -22,7 +22,7 @@ _GOLD = {"1": "yes", "0": "no", "yes": "yes", "no": "no"}
 
 
 def pope(
-    path: str,
+    path: str | list[str],
     images: str | None = None,
     splits: list[str] | None = None,
     files: str = "coco_pope_{split}.json",
@@ -41,7 +41,7 @@ def pope(
     kinds, take turns: with ``limit`` there are as many of each.
 
     Args:
-        path: folder of the files, or one of them.
+        path: folder of the files, or one of them, or a list of files; here as in all suites, local or ``s3://`` and the like.
         images: folder of the pictures (COCO's ``val2014``); default: that of the file.
         splits: of ``random``, ``popular``, ``adversarial``; default: all.
         files: names of the files in the folder; ``{split}`` is the split.
@@ -91,7 +91,7 @@ def pope(
 
 
 def hallusion_bench(
-    path: str,
+    path: str | list[str],
     images: str | None = None,
     without_picture: bool = True,
     labels: tuple[str, str] = LABELS,
@@ -110,7 +110,7 @@ def hallusion_bench(
     ``category/subcategory``.
 
     Args:
-        path: the file, or the folder that has it.
+        path: the file, or the folder that has it; or a list of files.
         images: folder with ``VD`` and ``VS`` in it; default: ``hallusion_bench`` beside the file.
         without_picture: also ask the questions that have none. lmms-eval does not.
         labels, prompt, mode, max_new_tokens, limit, group: see :func:`pope`.

@@ -61,11 +61,11 @@ def cached_folder(address: str) -> Path:
     return cache_folder() / "benchmarks" / f"{stable_hash(address.rstrip('/')):016x}"
 
 
-def question_files(address: str, *sets: Sequence[str]) -> list[str]:
-    """The question files at an address.
+def question_files(address: str | Sequence[str], *sets: Sequence[str]) -> list[str]:
+    """The question files at an address, or at several.
 
     Args:
-        address: a file; or a folder, local or remote.
+        address: a file; or a folder, local or remote; or a list of them.
         sets: names of files that such a folder has, all of the first set or all of another one. A local folder that
             has none of them is read by its parquet files, in the order of their names.
 
@@ -75,6 +75,8 @@ def question_files(address: str, *sets: Sequence[str]) -> list[str]:
     Raises:
         UserError: there is no such file or folder, or it lacks files.
     """
+    if not isinstance(address, str):
+        return [file for one in address for file in question_files(one, *sets)]
     if is_remote(address):
         if not sets or Path(address).suffix.lower() in ENDINGS:
             return [address]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,11 @@ def test_files_and_pictures_from_an_object_store(s3: Path) -> None:
     assert [read() for read in reads] == [picture(5), picture(1)]
     (folder / "img" / "sub" / "1.png").unlink()
     assert reads[1]() == picture(1)
+    (folder / "img" / "sub" / "2.png").write_bytes(picture(2))
+    with ThreadPoolExecutor(4) as pool:  # as ranks do, or a loader's threads
+        same = [pool.submit(FolderPicture(images, "sub/2.png", "q:1")) for _ in range(4)]
+        files = {pool.submit(local_file, address).result() for _ in range(4)}
+    assert {one.result() for one in same} == {picture(2)} and len(files) == 1
     first = local_file(address)
     assert local_file(address) == first
     table(folder / "q.tsv", [{"id": 3, "image": text64(6)}, {"id": 4, "image": ""}])

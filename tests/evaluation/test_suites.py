@@ -33,7 +33,8 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 def test_pope_from_its_own_files(tmp_path: Path) -> None:
-    suite = pope(**pope_files(tmp_path))
+    given = pope_files(tmp_path)
+    suite = pope(**given)
     items = made(suite)
     assert (suite.group, suite.mode, suite.max_new_tokens) == ("hallucination", "generate", 8)
     assert [item.id for item in items[:4]] == ["random/0", "popular/0", "adversarial/0", "random/1"]
@@ -48,6 +49,10 @@ def test_pope_from_its_own_files(tmp_path: Path) -> None:
     assert {item.kind for item in ranked.load()} == {"random", "popular", "adversarial"}
     one = made(pope(str(tmp_path / "coco_pope_popular.json"), str(tmp_path / "val2014")))
     assert [item.id for item in one] == [f"popular/{i}" for i in range(4)]
+    two = made(
+        pope([str(tmp_path / f"coco_pope_{split}.json") for split in ("popular", "random")], given["images"])
+    )
+    assert [item.id for item in two[:3]] == ["popular/0", "random/0", "popular/1"]
 
 
 def test_pope_from_parquet_is_the_same_questions(tmp_path: Path) -> None:
