@@ -25,6 +25,7 @@ BENCHMARKS = {
     "data_start": [],
     "mixture_speed": [],
     "fusion_cost": [],
+    "eval_speed": [],
 }
 
 
