@@ -34,7 +34,7 @@ LEFT, RIGHT, TOP, BOTTOM, LINE = 52, 16, 34, 44, 18
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: a name for the legend, and a value for each place on the axis (without a value: a gap).
+    """One curve: a name for the legend (empty: not there), and a value for each place on the axis (without a value: a gap).
 
     Attributes:
         dashed: a mark to be beaten rather than a result; without error bars, and in the colour of the curve before it.
@@ -128,7 +128,7 @@ def _legend_places(panel: Panel, width: int) -> list[tuple[float, int]]:
     font = ImageFont.load_default(11)
     places, left, line = [], float(LEFT), 0
     for series in panel.series:
-        room = font.getlength(series.name) + 38
+        room = font.getlength(series.name) + 38 if series.name else 0
         if left + room > width - 4 and left > LEFT:
             left, line = float(LEFT), line + 1
         places.append((left, line))
@@ -202,6 +202,8 @@ def _panel(panel: Panel, width: int, height: int, legend: int) -> Image.Image:
         _curve(pen, axes, series, colour)
     for series, colour, (left, row) in zip(panel.series, colours, _legend_places(panel, width), strict=True):
         middle = height - legend + row * LINE + LINE / 2 - 4
+        if not series.name:
+            continue
         if series.dashed:
             pen.broken((left, middle), (left + 18, middle), colour, 3)
         else:

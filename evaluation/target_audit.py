@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from ..algorithms.ross.targets import Target
 from ..data.scenes import COLOURS, SIZES, Scene, SceneConfig, scene
 from ..models.errors import UserError
+from .linear_probe import majority, probe
 
 AUDIT_SEED = 2_000_000
 """Scenes of a seed that no dataset and no training of ours uses."""
@@ -43,7 +44,6 @@ LEAST_VISIBLE = 0.75
 """Objects that are hidden by more than a quarter are not asked about: what is behind is no fault of a target's."""
 
 PASS = 0.95
-_DECAY = 1e-3  # of the probe's weights, times half their squared norm, beside the mean loss
 
 
 @dataclass(frozen=True)
@@ -129,38 +129,10 @@ def audit(
         n = int((~train).sum())
         accuracy = probe(own[train], labels[train], own[~train], labels[~train], len(values))
         elsewhere = probe(other[train], labels[train], other[~train], labels[~train], len(values))
-        majority = float((labels[~train] == labels[train].bincount().argmax()).float().mean())
         error = math.sqrt(accuracy * (1 - accuracy) / n)
-        rows.append(Audit(attribute, n, accuracy, error, majority, elsewhere))
+        often = majority(labels[train], labels[~train])
+        rows.append(Audit(attribute, n, accuracy, error, often, elsewhere))
     return rows
-
-
-def probe(
-    x: torch.Tensor, y: torch.Tensor, held_out_x: torch.Tensor, held_out_y: torch.Tensor, classes: int
-) -> float:
-    """Accuracy of multinomial logistic regression (L2-regularised, fitted by L-BFGS to its end).
-
-    Args:
-        x: (n, d) float32, standardised.
-        y: (n,) classes.
-        held_out_x, held_out_y: what is scored.
-        classes: number of them.
-    """
-    weight = torch.zeros(x.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, y) + 0.5 * _DECAY * weight.square().sum()
-        loss.backward()
-        return float(loss.detach())
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        return float(((held_out_x @ weight + bias).argmax(1) == held_out_y).float().mean())
 
 
 def _maps(target: Target, shown: Sequence[Scene], side: int) -> torch.Tensor:
