@@ -18,7 +18,7 @@ from typing import Any
 from ...models.errors import UserError
 from .manifest import CHAT_MODEL, MODEL
 from .results import first_error, read_results
-from .tasks import CACHE, refuse_taken, write_tasks
+from .tasks import CACHE, refuse_taken, refuse_unknown, write_tasks
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -92,10 +92,11 @@ def run_lmms(
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"lmms: include_path: {include_path}: no such folder")
     _refuse_missing()
-    folder = _new_folder(Path(out))
     include = None if include_path is None else Path(include_path).resolve()
+    refuse_unknown(tasks, include)
+    refuse_taken(list(local or {}))
+    folder = _new_folder(Path(out))
     if local:
-        refuse_taken(list(local))
         include = folder / TASKS
         write_tasks(include, local)
     arguments = {

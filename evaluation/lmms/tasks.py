@@ -7,7 +7,8 @@ A parquet file with the columns and the pictures that a task reads is used as it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,35 @@ def refuse_taken(names: Sequence[str]) -> None:
     Raises:
         UserError: one is taken.
     """
-    said = re.compile(r"""^(?:task|group|tag):\s*["']?([^"'#\s]+)""", re.MULTILINE)
-    for file in (installed() / "tasks").rglob("*.yaml"):
-        taken = set(said.findall(file.read_text(encoding="utf-8", errors="replace"))) & set(names)
+    said = re.compile(r"""^(?:task|group|tag)\s*:\s*["']?([^"'#\s]+)""", re.MULTILINE)
+    for text in _yamls(installed() / "tasks"):
+        taken = set(said.findall(text)) & set(names)
         if taken:
             raise UserError(f"task {sorted(taken)[0]}: lmms-eval has a task of this name; choose another")
+
+
+def refuse_unknown(names: Sequence[str], folder: Path | None) -> None:
+    """Refuse names that no YAML of lmms-eval, nor of a folder, so much as mentions: it takes a minute to say so itself.
+
+    Raises:
+        UserError: one is nowhere; the line names the nearest task.
+    """
+    wanted = {name for name in names if "*" not in name}
+    tasks: set[str] = set()
+    for text in (t for place in (installed() / "tasks", folder) if place is not None for t in _yamls(place)):
+        words = set(re.findall(r"[^\s\"'#,\[\]]+", text))
+        wanted -= words
+        tasks |= set(re.findall(r"""^(?:task|group)\s*:\s*["']?([^"'#\s]+)""", text, re.MULTILINE))
+    if wanted:
+        name = sorted(wanted)[0]
+        close = get_close_matches(name, tasks, n=1, cutoff=0.5)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"lmms: task {name}: unknown to lmms-eval{hint}")
+
+
+def _yamls(folder: Path) -> Iterator[str]:
+    for file in folder.rglob("*.yaml"):
+        yield file.read_text(encoding="utf-8", errors="replace")
 
 
 def write_task(
