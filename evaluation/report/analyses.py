@@ -68,15 +68,24 @@ def tables(caption: str, found: Mapping[str, Any], first: str = "Row") -> Iterab
         return
     branches = {key: _rows(value, key) for key, value in found.items() if not _leaf(value)}
     if len(branches) == len(found) > 0 and all(_flat(value) for value, _ in branches.values()):
-        yield matrix(caption, {key: value for key, (value, _) in branches.items()}, first)
+        rows = {key: value for key, (value, _) in branches.items()}
+        if all(map(_crossed, rows.values())):  # numbers that belong together side by side, not a screen apart
+            split = {
+                f"{key}, {c}": cells for key, value in rows.items() for c, cells in _by_case(value).items()
+            }
+            rows, first = split, f"{first}, case"
+        yield matrix(caption, rows, first)
         return
     leaves = _with_errors({key: value for key, value in found.items() if key not in branches})
     if "measures" in branches and _flat(branches["measures"][0]) and not _crossed(branches["measures"][0]):
         leaves.update(branches.pop("measures")[0])
-    if leaves:
-        columns = ["Value", "95 %", "n"] if any(map(_measure, leaves.values())) else ["Value"]
-        body = [row(_words(k), _cells(leaves[k])[: len(columns)]) for k in _accuracy_first(leaves)]
-        yield table(caption, ["Number", *columns], tag("tbody", *body))
+    measured = [key for key in _accuracy_first(leaves) if _measure(leaves[key])]
+    facts = [f"{_words(key)}: {_said(value)}" for key, value in leaves.items() if key not in measured]
+    if facts:
+        yield tag("p", "; ".join(facts), class_="facts")
+    if measured:
+        body = [row(_words(key), _cells(leaves[key])) for key in measured]
+        yield table(caption, ["Number", "Value", "95 %", "n"], tag("tbody", *body))
     for key, (value, header) in branches.items():
         yield from tables(f"{caption}: {_words(key)}", value, header)
 
@@ -110,7 +119,7 @@ def _parted(value: Any) -> Any:
     if not isinstance(value, Mapping) or _measure(value) or not {"value", "n"} <= set(value):
         return value
     others = {key: inner for key, inner in value.items() if key not in MEASURE}
-    return {**others, "value": {key: value.get(key) for key in MEASURE}}
+    return {"value": {key: value.get(key) for key in MEASURE}, **others}
 
 
 def _rows(value: Any, key: str) -> tuple[Mapping[str, Any], str]:
@@ -186,10 +195,8 @@ def _accuracy_first(keys: Iterable[str]) -> list[str]:
     )  # stable: the others stay where they were
 
 
-def _cells(value: Any) -> Sequence[str]:
-    if _measure(value):
-        return [numbers.with_error(value), numbers.interval_text(value), _said(value["n"])]
-    return [_said(value), "", ""]
+def _cells(measure: Mapping[str, Any]) -> Sequence[str]:
+    return [numbers.with_error(measure), numbers.interval_text(measure), _said(measure["n"])]
 
 
 def _matrix_cell(value: Any, tell_n: bool) -> Markup:

@@ -326,15 +326,16 @@ def test_analyses_of_any_form_become_tables() -> None:
         "runs": [{"seed": 1, "loss": 2.5}, {"seed": 2, "loss": 123.45}],
         "deep": {"er": {"x": {"y": {"z": 1}}}}, "empty": {},
     }  # fmt: skip
-    read = Reader("".join(analyses.tables("probe", found)))
+    text = "".join(analyses.tables("probe", found))
+    read = Reader(text)
     assert read.row("gain") == ["gain", ".25 ±.10", ".05 to .45", "9"]
-    assert [read.row("note")[1], read.row("on")[1]] == ["–", "yes"]
-    assert read.row("times")[1].endswith("15 … (30 in all)")
+    assert "note: –; on: yes; times: 0, 1, 2" in text
+    assert "15 … (30 in all)</p>" in text
     assert ["Layer", "mass", "pointing", "n"] in read.rows
     assert ["20", ".50 ±.10", ".50 ±.10", "8"] in read.rows
     assert read.tags["details"] == 1  # twenty layers are folded up
     assert ["2", "2", "123.5"] in read.rows
-    assert read.rows[-2:] == [["X", "z"], ["y", "1"]]
+    assert read.rows[-2:] == [["X", "z"], ["y", "1"]]  # the mappings around it are in the caption
 
 
 def test_cases_become_rows_and_words_their_names() -> None:
@@ -343,7 +344,7 @@ def test_cases_become_rows_and_words_their_names() -> None:
         f"{what}/{case}": measure.as_dict() for case in ("image", "other") for what in ("nats", "accuracy")
     }
     found = {
-        "questions": 8, "skipped": {}, "measures": crossed,
+        "questions": 8, "skipped": {}, "measures": crossed, "by_kind": {"colour": crossed, "size": crossed},
         "read_outs": [
             {"site": site, "attribute": "colour", **measure.as_dict(), "shuffled": 0.25} for site in ("tower", "1")
         ],
@@ -354,8 +355,10 @@ def test_cases_become_rows_and_words_their_names() -> None:
     read = Reader(text)
     assert read.row("Case") == ["Case", "accuracy", "nats", "n"]
     assert read.row("other") == ["other", ".50 ±.10", ".50 ±.10", "8"]
-    assert read.row("Site, attribute") == ["Site, attribute", "shuffled", "value", "n"]
-    assert read.row("tower") == ["tower, colour", ".250", ".50 ±.10", "8"]
+    assert read.row("Kind, case") == ["Kind, case", "accuracy", "nats", "n"]
+    assert read.row("size, image") == ["size, image", ".50 ±.10", ".50 ±.10", "8"]
+    assert read.row("Site, attribute") == ["Site, attribute", "value", "shuffled", "n"]
+    assert read.row("tower") == ["tower, colour", ".50 ±.10", ".250", "8"]
     assert read.row("f1") == ["f1", ".50 ±.10", ".30 to .70", "8"]
     assert not any(row[0] == "skipped" for row in read.rows)
     assert "ranks no model" in str(analyses.section(("mine", {"vc/other": measure.as_dict()}, None)))
