@@ -64,7 +64,7 @@ test-modern: $(MODERN)/.ready ## the tests on the newest torch and transformers
 	$(TEST) $(MODERN)/bin/python -m pytest -m "not slow and not gpu"
 
 test-eval: $(EVAL)/.ready ## the tests of the lmms-eval bridge, with lmms-eval installed
-	$(TEST) $(EVAL)/bin/python -m pytest tests/lmms
+	$(TEST) $(EVAL)/bin/python -m pytest -m "not slow" tests/lmms
 
 test-gpu: setup ## tests that need a CUDA device
 	$(PY) -m pytest -m gpu

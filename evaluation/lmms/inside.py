@@ -68,7 +68,13 @@ def ask_inside(
         distributed_executor_backend="torchrun",  # the other one makes an Accelerator of its own
         cli_args=Namespace(output_path=str(folder), process_with_media=False, reasoning_tags=None),
     )
-    shared = [found if dist.get_global_rank() == 0 else None]
+    shared: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            shared = [numbers(found, tasks)]
+        except UserError as error:  # the other ranks wait for what becomes of it
+            shared = [str(error)]
     dist.broadcast_object_list(shared, src=0)
-    assert shared[0] is not None
-    return numbers(shared[0], tasks)
+    if isinstance(shared[0], str):
+        raise UserError(f"lmms-eval: {shared[0]}")
+    return shared[0]
