@@ -1,8 +1,10 @@
-"""Suites of scenes with made-up answers, for tests of the report."""
+"""Suites of scenes with made-up answers, and a reader of the page that is made of them, for tests of the report."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,47 @@ class Page:
         options.setdefault("title", "a title")
         write_report(path, self.scores, options.pop("records", self.records), self.pictures, **options)
         return path.read_text(encoding="utf-8")
+
+
+class Reader(HTMLParser):
+    """Holds that every element is closed in order, and collects cells of tables and the text of scripts."""
+
+    VOID = ("meta", "link", "img", "input", "wbr")
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.rows: list[list[str]] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names))
+        self.tags[tag] += 1
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "small" and self.rows and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += " | "
+        if tag == "script":
+            self.scripts.append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+    def row(self, start: str) -> list[str]:
+        """The first row whose first cell begins so."""
+        return next(row for row in self.rows if row[0].startswith(start))
