@@ -30,17 +30,19 @@ def right_choice(doc: Mapping[str, Any]) -> int:
     """Index of the right answer, which a row gives as a number (from 0), as its text, or as a letter: ``B``, ``(b)``.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of them, or a number that is the index of one choice and the text of another.
     """
     answer, known = doc["answer"], choices(doc)
-    if isinstance(answer, int) and 0 <= answer < len(known):
-        return answer
     text = str(answer).strip()
-    if text in known:
-        return known.index(text)
+    by_text = known.index(text) if text in known else None
+    by_number = int(text) if text.isdecimal() and int(text) < len(known) else None
+    if isinstance(answer, int) and None not in (by_text, by_number) and by_text != by_number:
+        raise ValueError(
+            f"answer {answer!r} is the index of '{known[answer]}' and the text of another choice"
+        )
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", text)
-    if letter and (index := ord(letter[1].upper()) - ord("A")) < len(known):
-        return index
-    if text.isdecimal() and int(text) < len(known):
-        return int(text)
+    by_letter = ord(letter[1].upper()) - ord("A") if letter else None
+    for index in (by_text, by_number, by_letter):
+        if index is not None and index < len(known):
+            return index
     raise ValueError(f"answer {answer!r} is none of {known}")
