@@ -53,7 +53,7 @@ def test_every_module_on_disk_is_in_the_wheel_and_nothing_else(wheel: zipfile.Zi
     assert inside(wheel, ".py") == on_disk(".py") | {"opsin/__init__.py"}
 
 
-@pytest.mark.parametrize("suffix", [".yaml", ".safetensors", ".md"])
+@pytest.mark.parametrize("suffix", [".yaml", ".safetensors", ".md", ".html", ".css", ".js"])
 def test_what_is_no_code_comes_along(wheel: zipfile.ZipFile, suffix: str) -> None:
     assert inside(wheel, suffix) == on_disk(suffix)
     assert suffix == ".md" or on_disk(suffix)

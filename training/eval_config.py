@@ -141,7 +141,12 @@ def _built(
     registered = spec.get(word, name)
     make = registry.get(str(registered), where(*([word] if word in spec else [])))
     keywords = {k: v for k, v in spec.items() if k != word}
-    return construct(make, keywords, partial(_place, where), **given)
+    try:
+        return construct(make, keywords, partial(_place, where), **given)
+    except UserError as error:  # what a constructor itself refuses names a keyword, not its place
+        if f"{name}" in str(error).partition(": ")[2]:
+            raise
+        raise UserError(f"{where()}: {error}") from error
 
 
 def _place(where: Any, key: str) -> str:

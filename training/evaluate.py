@@ -80,7 +80,7 @@ def evaluate_model(
             write_predictions(folder / PREDICTIONS, [r for one in asked.values() for r in one.records])
     results = {}
     for name, analysis in wanted.analyses.items():  # ranks share their questions, too
-        console.print(f"analysis {name}: {len(samples[name])} questions")
+        console.print(f"analysis {name}")
         results[name] = analysis.run(adapter, samples[name])
     if dist.get_global_rank() != 0:
         return folder
@@ -203,7 +203,8 @@ def entry_of(wanted: Wanted, name: str, items: Sequence[Item], asked: Asked) -> 
         **asked.scores.as_dict(),
     }
     if asked.blind is not None:
-        entry["blind"] = {"measures": asked.blind.as_dict()["measures"]}
+        unseen = asked.blind.as_dict()
+        entry["blind"] = {"measures": unseen["measures"], "by_kind": unseen["by_kind"]}
     return entry
 
 
@@ -281,8 +282,12 @@ def as_table(scores: dict[str, Any], title: str) -> Table:
         table.add_column(header, justify="right")
     for name, entry in scores["suites"].items():
         primary = entry["primary"]
-        rows = [("", entry["measures"], entry.get("blind", {}).get("measures", {}))]
-        rows += [(kind, measures, {}) for kind, measures in entry["by_kind"].items()]
+        unseen = entry.get("blind", {})
+        rows = [("", entry["measures"], unseen.get("measures", {}))]
+        rows += [
+            (kind, measures, unseen.get("by_kind", {}).get(kind, {}))
+            for kind, measures in entry["by_kind"].items()
+        ]
         for kind, measures, blind in rows:
             name_of = primary if primary in measures else "accuracy"  # a kind may not have what the whole has
             if name_of not in measures:

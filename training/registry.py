@@ -183,6 +183,7 @@ callbacks = Registry(
     "Callbacks of Opsin, and Composer's own.",
     {
         "analysis_monitor": ".analysis_monitor:AnalysisMonitor",
+        "lmms_monitor": ".lmms_monitor:LmmsMonitor",
         "mixture_monitor": ".mixture_monitor:MixtureMonitor",
         "suite_monitor": ".suite_monitor:SuiteMonitor",
         "jarvis_pictures": "opsin.algorithms.jarvis.pictures:JARVISPictures",

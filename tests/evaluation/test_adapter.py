@@ -8,18 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import (
-    CHOICES,
-    FAMILIES,
-    LONG,
-    STRONG,
-    adapter,
-    broken_sample,
-    close,
-    collator,
-    model,
-    several,
-)
 
 from opsin.algorithms.vift import Fusion
 from opsin.data.collate import VLMCollator
@@ -36,6 +24,18 @@ from opsin.models.step import FINAL
 from opsin.models.vlm import VisionLanguageModel
 
 import zoo
+from adapters import (
+    CHOICES,
+    FAMILIES,
+    LONG,
+    STRONG,
+    adapter,
+    broken_sample,
+    close,
+    collator,
+    model,
+    several,
+)
 
 
 @FAMILIES

@@ -7,18 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import (
-    CHOICES,
-    FAMILIES,
-    adapter,
-    broken_sample,
-    candidates,
-    close,
-    collator,
-    flat,
-    model,
-    several,
-)
 
 from opsin.algorithms.vift import Fusion
 from opsin.data.batch import split_batch
@@ -35,6 +23,18 @@ from opsin.models.vlm import VisionLanguageModel
 
 import jobs
 import zoo
+from adapters import (
+    CHOICES,
+    FAMILIES,
+    adapter,
+    broken_sample,
+    candidates,
+    close,
+    collator,
+    flat,
+    model,
+    several,
+)
 
 
 def by_hand(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import FAMILIES, adapter, collator
 from PIL import Image
 
 from opsin.data.scenes import SceneConfig, sample
@@ -23,6 +22,7 @@ from opsin.models.errors import UserError
 from opsin.models.vlm import VisionLanguageModel
 
 import zoo
+from adapters import FAMILIES, adapter, collator
 
 CONFIG = SceneConfig(
     size=64, objects=(1, 3), sign=0, charts=0, questions=3, kinds=("colour", "size", "comparison")

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_pages import Page, in_turn, scene_items
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from opsin.evaluation.records import Item
+
+from report_pages import Page, in_turn, scene_items
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

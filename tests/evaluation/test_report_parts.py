@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_pages import Page, Reader, in_turn, scene_items
 
 from opsin.evaluation.report import markup, numbers, tables, wall
 from opsin.evaluation.scorers.base import Measure, mean, share
 from opsin.models.errors import UserError
+
+from report_pages import Page, Reader, in_turn, scene_items
 
 
 @pytest.fixture(scope="module")

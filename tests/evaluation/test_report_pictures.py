@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from report_pages import Page, Reader, in_turn, scene_items
 
 from opsin.evaluation.records import Item
 from opsin.evaluation.report import analyses
 from opsin.evaluation.report.thumbnails import SIDE, Thumbnails, thumbnail
 from opsin.evaluation.scorers.base import Measure, share
 from opsin.models.errors import UserError
+
+from report_pages import Page, Reader, in_turn, scene_items
 
 
 def jpeg(width: int, height: int, seed: int = 0) -> bytes:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import FAMILIES, STRONG, adapter, broken_sample, collator
 from PIL import Image
 
 from opsin.data.prompts import without_pictures
@@ -24,6 +23,7 @@ from opsin.models.errors import UserError
 from opsin.models.vlm import VisionLanguageModel
 
 import zoo
+from adapters import FAMILIES, STRONG, adapter, broken_sample, collator
 
 
 def kinds(sample: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -36,9 +36,9 @@ class Place:
     local: dict[str, dict[str, Any]]
     rows: dict[str, list[dict[str, Any]]]
 
-    def answer(self, question: str, *pictures: int) -> str:
+    def answer(self, question: str, *pictures: int, adapter: VLMAdapter | None = None) -> str:
         """As lmms-eval's tasks want it."""
-        said = self.adapter.generate([question_of(question, *pictures)], max_new_tokens=6)[0][0]
+        said = (adapter or self.adapter).generate([question_of(question, *pictures)], max_new_tokens=6)[0][0]
         return said.split("\n\n")[0].strip()
 
     def nats(self, question: str, picture: int, choices: list[str]) -> list[AnswerLogprob]:

@@ -18,6 +18,8 @@ import torch
 if find_spec("lmms_eval") is None:
     pytest.skip("lmms-eval is not installed; `make test-eval` has it", allow_module_level=True)
 
+from opsin.algorithms.vift.fusion import Fusion
+from opsin.evaluation.adapter import VLMAdapter
 from opsin.evaluation.lmms.inside import ask_inside
 from opsin.evaluation.lmms.run import run_lmms
 from opsin.evaluation.lmms.tasks import write_tasks
@@ -159,20 +161,78 @@ def test_inside_a_process_nothing_is_touched_and_numbers_are_the_same(
         ask_inside(place.adapter, tasks, ["our_absence"])
 
 
-def test_messages_ask_the_same(place: Any, ran: dict[str, Any], tasks: Path) -> None:
+def asked_by(model: Any, tasks: Path, task: str) -> list[str]:
+    """Answers to a task, by a wrapper in this process."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    from opsin.evaluation.lmms.wrapper import OpsinChat
-
     found = simple_evaluate(
-        model=OpsinChat(adapter=place.adapter),
-        tasks=["our_presence"],
+        model=model,
+        tasks=[task],
         task_manager=TaskManager("ERROR", include_path=[str(tasks)], include_defaults=False),
         distributed_executor_backend="torchrun",
     )
-    said = [one["filtered_resps"][0] for one in found["samples"]["our_presence"]]
+    return [one["filtered_resps"][0] for one in found["samples"][task]]
+
+
+def test_messages_ask_the_same(place: Any, ran: dict[str, Any], tasks: Path) -> None:
+    from opsin.evaluation.lmms.wrapper import OpsinChat
+
+    said = asked_by(OpsinChat(adapter=place.adapter), tasks, "our_presence")
     assert said == [one["filtered_resps"] for one in samples_of(ran, "our_presence")]
+
+
+def test_ability_fusion_by_arguments_and_memory_given_back(place: Any, tasks: Path) -> None:
+    from opsin.evaluation.lmms.wrapper import Opsin
+
+    arguments = f'pretrained="{place.model}",fuse=40,fuse_layers=1-4,fuse_ratio=0.5'
+    model = Opsin.create_from_arg_string(arguments, {"batch_size": "8", "device": "cpu"})
+    fused = VLMAdapter(place.adapter.model, place.adapter.collator, fusion=Fusion(40, 0.5, (1, 4)))
+    rows = place.rows["our_presence"]
+    said = [place.answer(row["text"] + SUFFIX, i, adapter=fused) for i, row in enumerate(rows)]
+    assert asked_by(model, tasks, "our_presence") == said
+    assert said != [place.answer(row["text"] + SUFFIX, i) for i, row in enumerate(rows)]
+    with pytest.raises(UserError, match="let go after its requests"):  # by ``clean``
+        model.generate_until([])
+        asked_by(model, tasks, "our_parquet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({}, "pretrained=FOLDER is missing"),
+        ({"pretrained": "x", "batch_size": "auto"}, "batch_size 'auto'"),
+        ({"pretrained": "x", "precision": "bf16"}, "precision=bf16: unknown; did you mean 'amp_bf16'"),
+        ({"pretrained": "x", "fuse_ratio": 2.0}, "fuse is missing"),
+        ({"pretrained": "x", "fuse": 1.0, "fuse_layers": 3}, "fuse_layers=3: use FIRST-END"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], line: str) -> None:
+    from opsin.evaluation.lmms.wrapper import Opsin
+
+    with pytest.raises(UserError, match=line):
+        Opsin(**arguments)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_files_in_object_storage_are_fetched(place: Any, s3: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    given = Path(place.local["our_presence"]["images"])
+    (s3 / "data" / "pope").mkdir()
+    for file in (*(given / f"{i}.png" for i in range(2)), Path(place.local["our_parquet"]["path"])):
+        (s3 / "data" / "pope" / file.name).write_bytes(file.read_bytes())
+    rows = [json.dumps(row) for row in place.rows["our_presence"][:2]]
+    (s3 / "data" / "pope" / "two.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    at = "s3://data/pope/"
+    made = {
+        "made": {"form": "pope", "path": at + "two.jsonl"},
+        "fetched": {"form": "pope", "path": at + "as_it_lies.parquet"},
+    }
+    write_tasks(tmp_path, made)
+    found = pq.read_table(tmp_path / "made.parquet").to_pylist()
+    assert [row["image"]["bytes"] for row in found] == [(given / f"{i}.png").read_bytes() for i in range(2)]
+    assert "cache" in (tmp_path / "fetched.yaml").read_text() and not (tmp_path / "fetched.parquet").exists()
 
 
 @pytest.mark.parametrize(
