@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ...models.errors import UserError, nearest
 from .base import Measure, Scorer, Scores
+from .captions import SceneCaptions
 from .cvbench import CVBench, CVBench2D, CVBench3D
 from .exact import Exact, ExactRelaxed, FirstWords
 from .hallusion import HallusionBench
@@ -33,6 +34,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
         MMVP,
         Pope,
         PopeRead,
+        SceneCaptions,
         Scenes,
         ScenesFirstWords,
     )
