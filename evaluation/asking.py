@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,10 +77,11 @@ def ask_suite(
 
 
 def with_others_pictures(items: Sequence[Item]) -> list[Item]:
-    """Each item with the pictures of the next one that has as many and other ones (the last get the first's).
+    """Each item with the pictures of one that has as many and other ones, half the suite away.
 
-    Items that have none, or to which no other pictures can be given, are left out: they would not be blind. All
-    pictures are read once.
+    Not of its neighbour: that is often its twin (minimal pairs, MMVP, the figures of HallusionBench), whose picture says
+    that another answer is right, so that who looks would score below who guesses. Items that have none, or to which no
+    other pictures can be given, are left out: they would not be blind. All pictures are read once.
     """
     distinct: dict[
         int, dict[bytes, int]
@@ -98,8 +100,8 @@ def with_others_pictures(items: Sequence[Item]) -> list[Item]:
     following: dict[bytes, int] = {}
     for count, first in distinct.items():
         if count and len(first) > 1:
-            at = list(first.values())
-            following.update(zip(first, [*at[1:], at[0]], strict=True))
+            at, half = list(first.values()), len(first) // 2
+            following.update(zip(first, [*at[half:], *at[:half]], strict=True))
     return [
         replace(item, pictures=items[following[digest]].pictures)
         for item, digest in zip(items, digests, strict=True)
@@ -134,6 +136,11 @@ def _ask(
             choice: {"sum": one.sum, "tokens": one.tokens}
             for choice, one in zip(item.choices, exchanges[0], strict=True)
         }
+        if any(
+            math.isnan(one.sum) for one in exchanges[0]
+        ):  # half precision that overflowed, training gone astray
+            lines.append(_line(suite, name, item, "", error="its log-likelihoods are not numbers"))
+            continue
         best = max(ranked, key=lambda choice: ranked[choice]["sum"])
         lines.append(_line(suite, name, item, best, logprobs=ranked))
     return lines
