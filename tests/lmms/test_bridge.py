@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +48,18 @@ def ran(place: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tasks(place: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def failing(ran: Any, place: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Future, Path]]:
+    """A run of a task that is none (a measure has this name), which goes on beside the tests in this process."""
+    out = tmp_path_factory.mktemp("failing")
+    with ThreadPoolExecutor(1) as thread:
+        yield (
+            thread.submit(run_lmms, str(place.model), out, tasks="pope_accuracy", device="cpu", offline=True),
+            out,
+        )
+
+
+@pytest.fixture(scope="module")
+def tasks(failing: Any, place: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     write_tasks(folder, place.local)
     return folder
@@ -122,15 +136,6 @@ def test_a_run_leaves_its_log_its_tasks_and_no_copies(place: Any, ran: dict[str,
     assert not (folder / "tasks" / "our_parquet.parquet").exists()  # used as it lies
     assert not (folder / "tasks" / "cache").exists()
     assert ran["tasks"]["our_parquet"]["n"] == 3 and ran["lmms_eval"] == "0.7.3"
-
-
-def test_a_failed_task_is_an_error_though_lmms_eval_ends_with_0(place: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"no results for pope_accuracy: ValueError: Tasks not found: pope_accuracy"
-    ):
-        run_lmms(str(place.model), tmp_path, tasks="pope_accuracy", device="cpu", offline=True)  # a measure
-    (folder,) = tmp_path.iterdir()
-    assert "Traceback" in (folder / "lmms_eval.log").read_text()
 
 
 def test_names_are_looked_up_before_a_run_starts(place: Any, tmp_path: Path) -> None:
@@ -254,3 +259,14 @@ def test_a_question_that_cannot_be_asked_is_named(
     )
     with pytest.raises(UserError, match=rf"task odd, document 1: .*{line}"):
         ask_inside(place.adapter, tmp_path / "tasks", ["odd"])
+
+
+def test_a_failed_task_is_an_error_though_lmms_eval_ends_with_0(failing: tuple[Future, Path]) -> None:
+    run, out = failing
+    error = run.exception()
+    assert isinstance(error, UserError)
+    assert re.match(
+        r"lmms-eval: no results for pope_accuracy: ValueError: Tasks not found: pope_accuracy", str(error)
+    )
+    (folder,) = out.iterdir()
+    assert "Traceback" in (folder / "lmms_eval.log").read_text(encoding="utf-8")
