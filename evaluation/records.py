@@ -122,6 +122,15 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         missing = [key for key in NEEDED if not isinstance(record.get(key), str)]
         if missing:
             raise UserError(f"{path}:{number}: no prediction: {', '.join(missing)} missing or no text")
+        for name, kind, what in (
+            ("meta", dict, "object"),
+            ("logprobs", dict, "object"),
+            ("choices", list, "list"),
+        ):
+            if not isinstance(record.get(name, kind()), kind):
+                raise UserError(f"{path}:{number}: {name} is no {what} but {json.dumps(record[name])[:40]}")
+        if not all(isinstance(choice, str) for choice in record.get("choices", ())):
+            raise UserError(f"{path}:{number}: choices are not all text")
         key = (record["suite"], record["id"])
         if key in seen:
             raise UserError(f"{path}:{number}: suite {key[0]} has {key[1]} twice")

@@ -25,13 +25,14 @@ class AnalysisMonitor(Callback):
     """Makes analyses at intervals and at the end of training.
 
     Ranks share the questions; rank 0 writes ``ba<batch>/<name>.json`` and ``.png``. Not for sharded models: analyses call
-    the model as often as their questions want, which differs between ranks; analyse a checkpoint with ``opsin eval``. Numbers are logged as ``analyses/NAME/KEY``, pictures go to every logger that takes images.
+    the model as often as their questions want, which differs between ranks; analyse a checkpoint with ``opsin eval``. Numbers are logged as
+    ``analyses/NAME/KEY``; pictures that are written go to every logger that takes images, too.
 
     Args:
         analyses: name -> ``analysis`` (registered; default: the name), ``data`` and its keywords, as ``opsin eval`` takes them.
         interval: between looks, in Composer's notation.
         batch_size: questions a call of the model.
-        folder: where they are written; None: they are only logged.
+        folder: where they are written; None: only numbers are logged.
     """
 
     folder_name: ClassVar[str] = "analyses"

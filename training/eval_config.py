@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from ..evaluation.analyses import Analysis
 from ..evaluation.suites import Suite
 from ..models.errors import UserError
@@ -86,6 +88,10 @@ def load_suites(files: Sequence[str], arguments: Sequence[str] = ()) -> Wanted:
             raise UserError(f"{wanted.where(key)}: {value}: use {least} or more")
     if config.precision not in ("fp32", "amp_bf16", "amp_fp16"):
         raise UserError(f"{wanted.where('precision')}: '{config.precision}': use fp32, amp_bf16 or amp_fp16")
+    if config.device not in (None, "cpu", "gpu"):
+        raise UserError(f"{wanted.where('device')}: '{config.device}': use cpu or gpu")
+    if config.device == "gpu" and not torch.cuda.is_available():
+        raise UserError(f"{wanted.where('device')}: 'gpu': none is available here; use cpu")
     if not (config.suites or config.analyses or config.lmms):
         raise UserError("configuration: nothing is asked; give suites: or analyses:")
     if config.lmms is not None:

@@ -18,7 +18,7 @@ from .. import __version__
 from ..evaluation.adapter import VLMAdapter
 from ..evaluation.analysis import Result
 from ..evaluation.asking import Asked, ask_suite
-from ..evaluation.records import Item, prompt_hash, read_predictions, write_predictions
+from ..evaluation.records import Item, prediction, prompt_hash, read_predictions, write_predictions
 from ..evaluation.report import write_report
 from ..evaluation.rescore import rescore
 from ..models.errors import UserError
@@ -71,25 +71,30 @@ def evaluate_model(
     samples = {name: analysis.samples() for name, analysis in wanted.analyses.items()}
     baseline = None if config.baseline is None else read_scores(Path(config.baseline), "baseline")
     adapter = open_adapter(model, wanted)
+    if dist.get_global_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)  # not after hours of asking
+        for name in (
+            SCORES,
+            REPORT,
+        ):  # of an earlier run, they would be taken for this one's if it does not get that far
+            (folder / name).unlink(missing_ok=True)
     asked: dict[str, Asked] = {}
     for name, suite in wanted.suites.items():
         told = _Told(console, name, time.monotonic())
         asked[name] = ask_suite(adapter, name, suite, items[name], blind=config.blind, progress=told)
         if dist.get_global_rank() == 0:  # what was answered is kept, whatever becomes of the rest
-            folder.mkdir(parents=True, exist_ok=True)
             write_predictions(folder / PREDICTIONS, [r for one in asked.values() for r in one.records])
+    entries = {name: entry_of(wanted, name, items[name], one) for name, one in asked.items()}
+    scores: dict[str, Any] = {**head_of(model), "suites": entries, "analyses": {}}
+    if dist.get_global_rank() == 0:  # and what was scored, should an analysis fail
+        write_atomically(folder / SCORES, json.dumps(scores, indent=1) + "\n")
     results = {}
     for name, analysis in wanted.analyses.items():  # ranks share their questions, too
         console.print(f"analysis {name}")
         results[name] = analysis.run(adapter, samples[name])
     if dist.get_global_rank() != 0:
         return folder
-    analysed, pictures = write_analyses(folder, results)
-    scores = {
-        **head_of(model),
-        "suites": {name: entry_of(wanted, name, items[name], one) for name, one in asked.items()},
-        "analyses": analysed,
-    }
+    scores["analyses"], pictures = write_analyses(folder, results)
     failed = None
     if config.lmms is not None:
         from ..evaluation.lmms.run import run_lmms
@@ -149,6 +154,8 @@ def read_items(wanted: Wanted) -> dict[str, list[Item]]:
     for name, suite in wanted.suites.items():
         try:
             items[name] = list(suite.load())[: wanted.config.limit]
+            # What a scorer cannot do with these questions it says now, not after they were asked.
+            suite.scorer.score([prediction(name, item, "") for item in items[name]])
         except UserError as error:
             raise UserError(f"{wanted.where('suites', name)}: {error}") from error
         if not items[name]:
@@ -245,6 +252,7 @@ def rescore_file(path: Path, given: Sequence[str], out: Path | None, console: Co
             known = ", ".join(sorted({r["suite"] for r in records}))
             raise UserError(f"--scorer {argument}: use SUITE=SCORER with a suite of {path} ({known})")
         chosen[suite] = scorer
+    named: set[str] = set()
     for record in records:
         if record["suite"] not in chosen:
             if not isinstance(record.get("scorer"), str):
@@ -252,6 +260,12 @@ def rescore_file(path: Path, given: Sequence[str], out: Path | None, console: Co
                     f"{path}: suite {record['suite']} names no scorer; give --scorer {record['suite']}=NAME"
                 )
             chosen[record["suite"]] = record["scorer"]
+            named.add(record["suite"])
+        elif record["suite"] in named and record.get("scorer") != chosen[record["suite"]]:
+            raise UserError(
+                f"{path}: suite {record['suite']} names scorers {chosen[record['suite']]} and {record.get('scorer')}; "
+                f"give --scorer {record['suite']}=NAME"
+            )
     marked, found = rescore(records, chosen)
     before = path.parent / SCORES
     known = read_scores(before, "scores")["suites"] if before.is_file() else {}

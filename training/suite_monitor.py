@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,12 +13,14 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from ..algorithms.base import unwrap
+from ..data.candidates import candidate_rows
 from ..data.chat import BadConversation
 from ..data.encode import Rejected
 from ..data.prompts import prompts_of
 from ..evaluation.adapter import VLMAdapter
 from ..evaluation.asking import ask_suite
-from ..evaluation.records import Item, write_predictions
+from ..evaluation.ranks import on_all_ranks
+from ..evaluation.records import Item, prediction, write_predictions
 from ..models.errors import UserError
 from ..models.vlm import VisionLanguageModel
 from .eval_config import suite_of
@@ -68,11 +71,18 @@ class SuiteMonitor(Callback):
         self._adapter = VLMAdapter(unwrap(state.model), loader.collate_fn, batch_size=self.batch_size)
         for name, suite in self.suites.items():
             items = list(suite.load())[: self.limit]
-            kept = [item for item in items if askable(self._adapter, item)]
+            # Ranks go by one list: a picture that cannot be read once, on one of them, must not part them.
+            check = partial(_askable, self._adapter, suite.mode)
+            asked = on_all_ranks(items, check, self.batch_size)
+            kept = [item for item, fits in zip(items, asked, strict=True) if fits]
             if not kept:
                 raise UserError(
                     f"callbacks.suite_monitor.suites.{name}: none of its {len(items)} questions can be asked"
                 )
+            try:  # what a scorer cannot do with these questions it says now, not in the middle of training
+                suite.scorer.score([prediction(name, item, "") for item in kept])
+            except UserError as error:
+                raise UserError(f"callbacks.suite_monitor.suites.{name}: {error}") from error
             self._items[name] = kept
             if len(kept) < len(items):
                 logger.log_metrics({f"metrics/{name}/left_out": len(items) - len(kept)})
@@ -130,13 +140,21 @@ def number(state: State, interval: Time) -> int:
     return int(state.timestamp.get(interval.unit).value) // int(interval.value)
 
 
-def askable(adapter: VLMAdapter, item: Item) -> bool:
-    """Whether the model can be asked: its pictures can be read and its prompt fits."""
+def askable(adapter: VLMAdapter, item: Item, mode: str) -> bool:
+    """Whether the model can be asked: its pictures can be read, and its prompt fits; where choices are ranked, with each."""
+    encoder = adapter.collator.encoder
     try:
-        prompts_of(adapter.collator.encoder, item.stored())
+        if mode == "rank":
+            candidate_rows(encoder, item.stored(), [list(item.choices)])
+        else:
+            prompts_of(encoder, item.stored())
     except (Rejected, BadConversation, UserError):
         return False
     return True
+
+
+def _askable(adapter: VLMAdapter, mode: str, items: list[Item]) -> list[bool]:
+    return [askable(adapter, item, mode) for item in items]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from ...models.errors import UserError, nearest
 from .base import Measure, Scorer, Scores
-from .captions import SceneCaptions
 from .cvbench import CVBench, CVBench2D, CVBench3D
 from .exact import Exact, ExactRelaxed, FirstWords
 from .hallusion import HallusionBench
@@ -34,12 +33,20 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
         MMVP,
         Pope,
         PopeRead,
-        SceneCaptions,
         Scenes,
         ScenesFirstWords,
     )
 }
 """Name of a scorer, as in ``scores.json`` -> its constructor."""
+
+
+def _scene_captions(rank: str = "sum") -> Scorer:
+    from .captions import SceneCaptions  # here: it needs what draws scenes, and the others need nothing
+
+    return SceneCaptions(rank)
+
+
+SCORERS["scene_captions"] = _scene_captions
 
 
 def make(name: str) -> Scorer:
