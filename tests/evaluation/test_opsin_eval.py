@@ -140,6 +140,25 @@ def test_what_cannot_be_asked_is_counted_and_the_rest_goes_on(
     assert "1 of 3 questions could not be asked" in capsys.readouterr().out
 
 
+def test_what_was_scored_is_kept_when_an_analysis_fails(
+    trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("scores.json", "report.html"):  # of an earlier run
+        (out / name).write_text("{}")
+    words = {"suite": "scenes", "stream": "text", "samples": 2, **SCENES}
+    body = {
+        "suites": {"scenes": {"samples": 2, "kinds": ["colour"], **SCENES}},
+        "analyses": {"visual_contribution": {"data": words}},
+    }
+    assert opsin("eval", str(trained.path), written(tmp_path, body), "--out", str(out)) == 2
+    assert "has a picture" in capsys.readouterr().err
+    entry = json.loads((out / "scores.json").read_text())["suites"]["scenes"]
+    assert entry["measures"]["accuracy"]["n"] == len(read_predictions(out / "predictions.jsonl"))
+    assert not (out / "report.html").exists()
+
+
 MISTAKES = [
     ({"suites": {"pop": {"path": "x"}}}, "suites.pop: unknown suite 'pop'; did you mean 'pope'?"),
     ({"suites": {"pope": {"pth": "x"}}}, "suites.pope.pth: unknown key; did you mean 'path'?"),
@@ -157,6 +176,8 @@ MISTAKES = [
     ({}, "nothing is asked"),
     ({"suites": {"scenes": {}}, "baseline": "nowhere.json"}, "baseline: nowhere.json"),
     ({"suites": {"scenes": {}}, "precision": "fp8"}, "precision: 'fp8'"),
+    ({"suites": {"scenes": {}}, "device": "tpu"}, "device: 'tpu': use cpu or gpu"),
+    ({"suites": {"scenes": {"samples": 2, "scorer": "pope"}}}, "suites.scenes: suite scenes"),
     (
         {"suites": {"scenes": {}}, "fusion": {"strenght": 1}},
         "fusion.strenght: unknown key; did you mean 'strength'?",
@@ -175,6 +196,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+GIVEN = '"suite": "a", "id": "1", "kind": "k", "gold": "yes", "output": "no"'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -184,6 +208,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         ('{"suite": "a", "id": "1"}', "p.jsonl:1: no prediction: kind, gold, output missing"),
         ('{"suite": "a", "id": "1", "kind": "k", "gold": "yes", "output": "no"}', "suite a names no scorer; give --scorer a=NAME"),
         ('{"suite": "a", "id": "1", "kind": "k", "gold": "yes", "output": "no", "scorer": "popo"}', "scorer 'popo'; did you mean 'pope'?"),
+        (f'{{{GIVEN}, "meta": 3}}', "p.jsonl:1: meta is no object but 3"),
+        (f'{{{GIVEN}, "logprobs": [1]}}', "p.jsonl:1: logprobs is no object but [1]"),
+        (f'{{{GIVEN}, "choices": [1]}}', "p.jsonl:1: choices are not all text"),
+        (f'{{{GIVEN}, "scorer": "pope"}}\n{{{GIVEN.replace("1", "2")}, "scorer": "exact"}}', "suite a names scorers pope and exact"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_predictions_is_one_line(
