@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from opsin.evaluation.records import read_predictions
+from opsin.evaluation.records import Item, read_predictions
 from opsin.models.errors import UserError
 from opsin.training.metrics_file import read_metrics
+from opsin.training.suite_monitor import askable
 from opsin.training.train import train
 
+import adapters
 import runs
 
 SCENES = {"objects": [1, 2], "charts": 0, "sign": 0, "seed": 18, "kinds": ["colour", "size"]}
@@ -97,6 +99,7 @@ def test_two_ranks_answer_as_one(parallel: str, ranks: Any, tmp_path: Path, scen
         ({"suite_monitor": {**SUITES, "interval": "often"}}, "callbacks.suite_monitor.interval: 'often'"),
         ({"suite_monitor": {"suites": {"popo": {}}}}, "suite_monitor.suites.popo: unknown suite 'popo'"),
         ({"suite_monitor": {"suites": {}}}, "callbacks.suite_monitor.suites: name at least one suite"),
+        ({"suite_monitor": {"suites": {"scenes": {"samples": 2, "scorer": "pope"}}}}, "suites.scenes: suite scenes"),
         ({"suite_monitor": {**SUITES, "limit": 0}}, "callbacks.suite_monitor.limit: 0 is less than 1"),
         ({"analysis_monitor": {"analyses": {"probe": {}}}}, "unknown analysis 'probe'; did you mean 'probes'?"),
         ({"analysis_monitor": {**ANALYSES, "batch_size": 0}}, "callbacks.analysis_monitor.batch_size: 0"),
@@ -109,6 +112,17 @@ def test_a_mistake_ends_the_run_before_it_trains(
         train(runs.loaded(tmp_path, scenes, callbacks=callbacks, **SHORT))
     assert said in str(refused.value)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_what_is_ranked_has_to_fit_with_its_choices() -> None:
+    """Found at the start: under sharding, a rank that met it at a look would call the model more often than the others."""
+    adapter = adapters.adapter("llava")
+    short, long = (
+        Item(name, "Which?", (), "red", choices=("red", other))
+        for name, other in (("a", "blue"), ("b", "blue " * 4000))
+    )
+    assert [askable(adapter, item, "generate") for item in (short, long)] == [True, True]
+    assert [askable(adapter, item, "rank") for item in (short, long)] == [True, False]
 
 
 @pytest.mark.world
