@@ -24,7 +24,7 @@ def read_results(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
     """Numbers of all asked tasks; see ``run.run_lmms``.
 
     Args:
-        folder: ``--output_path`` of one run.
+        folder: of one run.
         asked: names of tasks, groups, tags and patterns.
 
     Raises:
@@ -36,7 +36,8 @@ def read_results(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
     found = json.loads(files[-1].read_text(encoding="utf-8"))
     result = numbers(found, asked)
     for name, task in result["tasks"].items():
-        task["samples"] = next((str(file) for file in folder.rglob(f"*_samples_{name}.jsonl")), None)
+        answers = next(folder.rglob(f"*_samples_{name}.jsonl"), None)
+        task["samples"] = None if answers is None else str(answers.relative_to(folder))
     return result
 
 

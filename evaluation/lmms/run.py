@@ -76,28 +76,23 @@ def run_lmms(
 
     Returns:
         ``lmms_eval``: its version; ``folder``; ``tasks``: name -> ``n``, ``primary``, ``measures`` (name -> ``value``,
-        ``n``, ``standard_error``, ``unit``), ``samples`` (file of answers); ``groups``: name -> ``tasks``, ``measures``.
+        ``n``, ``standard_error``, ``unit``), ``samples`` (file of answers, in ``folder``); ``groups``: name -> ``tasks``, ``measures``.
 
     Raises:
         UserError: lmms-eval is not installed, a task cannot be made, or one has no result: the line names it and the first
             error of the run.
     """
-    tasks = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    names = [*tasks, *(local or {})]
-    _check(names, limit, batch_size, processes)
-    if local and include_path is not None:
-        raise UserError(
-            "lmms: local and include_path: use one; files of local tasks can also be named in YAMLs there"
-        )
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"lmms: include_path: {include_path}: no such folder")
-    _refuse_missing()
-    include = None if include_path is None else Path(include_path).resolve()
-    refuse_unknown(tasks, include)
-    refuse_taken(list(local or {}))
+    names, include = check_run(
+        tasks=tasks,
+        local=local,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        processes=processes,
+    )
     folder = _new_folder(Path(out))
     if local:
-        include = folder / TASKS
+        include = folder.resolve() / TASKS
         write_tasks(include, local)
     arguments = {
         "pretrained": str(Path(model).resolve()) if Path(model).exists() else model,
@@ -124,7 +119,7 @@ def run_lmms(
         offline = bool(local) and not tasks
     code = _run(command, folder, _environment(offline, device))
     try:
-        found = read_results(folder / OUTPUT, names)
+        found = read_results(folder, names)
     except UserError as error:
         why = first_error(folder / LOG, code)
         raise UserError(f"lmms-eval: {error}: {why} (all of it: {folder / LOG})") from error
@@ -132,18 +127,51 @@ def run_lmms(
     return {"lmms_eval": version("lmms-eval"), "folder": str(folder), **found}
 
 
-def _check(names: Sequence[str], limit: int | None, batch_size: int, processes: int) -> None:
+def check_run(
+    *,
+    tasks: Sequence[str] | str = (),
+    local: Mapping[str, Mapping[str, Any]] | None = None,
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    processes: int = 1,
+    **_: Any,
+) -> tuple[list[str], Path | None]:
+    """What can be known before a run: that lmms-eval is there, and what is asked of it.
+
+    Args:
+        tasks, local, include_path, limit, batch_size, processes: as :func:`run_lmms` takes them, and the rest of them.
+
+    Returns:
+        names of all tasks, and the folder of further YAMLs.
+
+    Raises:
+        UserError: as :func:`run_lmms` says.
+    """
+    given = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    names = [*given, *(local or {})]
     if not names:
         raise UserError("lmms: nothing is asked; give tasks: or local:")
     odd = [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[^\s,-][^\s,]*", n) or n in LISTS]
     if odd:
         raise UserError(f"lmms: '{odd[0]}': no name of a task")
-    twice = {name for name in names if list(names).count(name) > 1}
+    twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UserError(f"lmms: task {sorted(twice)[0]}: given twice")
     for key, value in (("limit", limit), ("batch_size", batch_size), ("processes", processes)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"lmms: {key}: {value}: use a number, 1 or more")
+    if local and include_path is not None:
+        raise UserError(
+            "lmms: local and include_path: use one; files can also be named in the YAMLs of the folder"
+        )
+    include = None if include_path is None else Path(include_path).resolve()
+    if include is not None and not include.is_dir():
+        raise UserError(f"lmms: include_path: {include_path}: no such folder")
+    _refuse_missing()
+    refuse_unknown(given, include)
+    refuse_taken(list(local or {}))
+    return names, include
 
 
 def _refuse_missing() -> None:
@@ -162,7 +190,7 @@ def _new_folder(out: Path) -> Path:
     """A folder that no earlier run wrote in, so that no earlier result is taken for this one's."""
     stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
     while True:
-        folder = out.resolve() / (stamp if number == 1 else f"{stamp}-{number}")
+        folder = out / (stamp if number == 1 else f"{stamp}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder

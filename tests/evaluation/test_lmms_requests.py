@@ -17,6 +17,7 @@ from opsin.evaluation.lmms.forms import FORMS
 from opsin.evaluation.lmms.requests import cut, generation, pictures_of, question_of, sample_of_messages
 from opsin.evaluation.lmms.results import first_error, read_results
 from opsin.evaluation.lmms.run import run_lmms
+from opsin.evaluation.open_model import model_folder
 from opsin.evaluation.readers import Row
 from opsin.models.errors import UserError
 
@@ -168,7 +169,7 @@ def test_results_hold_the_numbers_of_every_asked_task(tmp_path: Path) -> None:
             "acc": {"value": 0.5, "n": 4, "standard_error": 0.1, "unit": "share"},
             "cider/strict": {"value": 1.5, "n": 4, "standard_error": None, "unit": "number"},
         },
-        "samples": str(folder / "1_samples_a.jsonl"),
+        "samples": "model/1_samples_a.jsonl",
     }
     assert found["groups"]["g"]["tasks"] == ["a"] and found["groups"]["g"]["measures"]["acc"]["value"] == 0.5
     for lacking in ("b", "c", "c*", "unmarked"):
@@ -219,3 +220,23 @@ def test_without_lmms_eval_the_extra_is_named(tmp_path: Path) -> None:
         UserError, match=r"lmms-eval is not installed in this environment; install .* extra 'eval'"
     ):
         run_lmms("model", tmp_path, tasks="pope")
+
+
+def test_where_a_model_lies(tmp_path: Path) -> None:
+    for folder, file in (
+        ("run", "config.yaml"),
+        ("done", "config.yaml"),
+        ("done/model", "config.json"),
+        ("bare", "config.json"),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_text("{}", encoding="utf-8")
+    assert model_folder(str(tmp_path / "done")) == str(tmp_path / "done" / "model")
+    assert (
+        model_folder(str(tmp_path / "bare")) == str(tmp_path / "bare")
+        and model_folder("org/name") == "org/name"
+    )
+    with pytest.raises(UserError, match="run: this run has not finished"):
+        model_folder(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="dome: no run and no model folder; did you mean 'done'"):
+        model_folder(str(tmp_path / "dome"))

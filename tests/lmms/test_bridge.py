@@ -66,7 +66,7 @@ def tasks(failing: Any, place: Any, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def samples_of(ran: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    lines = Path(ran["tasks"][task]["samples"]).read_text(encoding="utf-8").splitlines()
+    lines = Path(ran["folder"], ran["tasks"][task]["samples"]).read_text(encoding="utf-8").splitlines()
     return sorted(map(json.loads, lines), key=lambda one: one["doc_id"])
 
 
@@ -75,8 +75,13 @@ def values(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def test_lmms_eval_finds_our_models_without_torch() -> None:
+    from lmms_eval.models import get_model
+
+    from opsin.evaluation.lmms.wrapper import Opsin, OpsinChat
+
     (point,) = entry_points(group="lmms_eval.models", name="opsin")
     assert [m.model_id for m in point.load()()] == ["opsin", "opsin_chat"]
+    assert (get_model("opsin"), get_model("opsin_chat")) == (Opsin, OpsinChat)
     code = "import sys, opsin.evaluation.lmms.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
