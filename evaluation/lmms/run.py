@@ -66,10 +66,10 @@ def run_lmms(
         include_path: folder with further task YAMLs; not together with ``local``.
         limit: only the first questions of each task.
         batch_size: questions a call of the model.
-        device: ``cpu``, ``cuda`` ...; None: a GPU if there is one.
+        device: ``cpu``, ``gpu``, ``cuda:1`` ...; None: a GPU if there is one.
         offline: whether nothing may be fetched from a hub; None: as the environment says, and not where all tasks are
             local.
-        processes: how many share the questions, each with the model; with ``device: cuda`` a GPU each.
+        processes: how many share the questions, each with the model; on GPUs one each.
         chat: ask by messages (``opsin_chat``): pictures between the words; cannot rank.
         model_args: further arguments of ``wrapper.Opsin``: ``max_new_tokens``, ``precision``, ``fuse`` ...
         gen_kwargs: generation arguments that win over the tasks' own.

@@ -45,7 +45,7 @@ class Opsin(lmms):
         pretrained: run folder, model folder or hub name (in quotes where it has a comma).
         adapter: instead of ``pretrained``: a model that is there, which stays as it is.
         batch_size: questions a call of ``generate``.
-        device: ``cpu``, ``cuda`` (each rank its own) ...; None: a GPU if there is one.
+        device: ``cpu``, ``gpu`` or ``cuda`` (each rank its own), ``cuda:1`` ...; None: a GPU if there is one.
         precision: ``fp32``, ``amp_bf16`` or ``amp_fp16``, as in training.
         chat_template, system_prompt: None: as the folder says.
         max_new_tokens: longest answer where the task names none.
@@ -247,7 +247,7 @@ def unquoted(text: object) -> str:
 def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
+    if name in ("cuda", "gpu"):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)
 
