@@ -56,7 +56,7 @@ def ask_suite(
         suite: how it is asked and who scores it.
         items: its questions.
         blind: ask them a second time, each with the pictures of another one.
-        even: all ranks make equally many calls of the model (``ranks.on_all_ranks``).
+        even: all ranks make equally many calls of the model (``ranks.on_all_ranks``); what cannot be asked raises.
         progress: called after each call of the model with (calls done, calls) of this rank.
 
     Raises:
@@ -116,6 +116,8 @@ def _predictions(
     try:
         return _ask(adapter, name, suite, options, items)
     except (Rejected, BadConversation, UserError) as error:
+        if options:  # one call more on this rank, and sharded ranks would wait for each other
+            raise
         if len(items) > 1:
             return [line for item in items for line in _predictions(adapter, name, suite, options, [item])]
         why = f"{error.status.name.lower()}: {error.detail}" if isinstance(error, Rejected) else str(error)

@@ -196,7 +196,7 @@ def evaluate(
     fusion = _fusion(fuse, fuse_ratio, fuse_layers, fuse_align, fuse_mode)
     console = Console(quiet=int(os.environ.get("RANK", "0")) != 0)
     if rescore is not None:
-        from .evaluate import rescore_file
+        from .score_files import rescore_file
 
         if model is not None:
             raise UserError("--rescore: needs no model; leave out everything but --scorer and --out")

@@ -17,7 +17,7 @@ from ..data.candidates import candidate_rows
 from ..data.chat import BadConversation
 from ..data.encode import Rejected
 from ..data.prompts import prompts_of
-from ..evaluation.adapter import VLMAdapter
+from ..evaluation.adapter import TAKES_MASKS, VLMAdapter
 from ..evaluation.asking import ask_suite
 from ..evaluation.ranks import on_all_ranks
 from ..evaluation.records import Item, prediction, write_predictions
@@ -69,7 +69,14 @@ class SuiteMonitor(Callback):
         """Read the questions, and leave out what this model cannot be asked."""
         loader: Any = state.train_dataloader
         self._adapter = VLMAdapter(unwrap(state.model), loader.collate_fn, batch_size=self.batch_size)
+        decoder: Any = self._adapter.model.anatomy.decoder(self._adapter.model.hf)
+        shares = decoder.config._attn_implementation in TAKES_MASKS
         for name, suite in self.suites.items():
+            if suite.mode == "rank" and state.fsdp_enabled and not shares:
+                raise UserError(
+                    f"callbacks.suite_monitor.suites.{name}: mode: rank with parallelism_config.fsdp2 needs attention that "
+                    f"takes masks ({', '.join(TAKES_MASKS)})"
+                )
             items = list(suite.load())[: self.limit]
             # Ranks go by one list: a picture that cannot be read once, on one of them, must not part them.
             check = partial(_askable, self._adapter, suite.mode)

@@ -53,7 +53,7 @@ def scenes(
     mode: str = "generate",
     max_new_tokens: int = 16,
     limit: int | None = None,
-    scorer: str = "scenes",
+    scorer: str | None = None,
     group: str | None = None,
     **config: Any,
 ) -> Suite:
@@ -72,7 +72,8 @@ def scenes(
         ask: kinds of questions that are asked; default: all.
         mode: ``generate`` or ``rank`` (among the answers of the sort that is asked for: ``SORTS``).
         max_new_tokens, limit: see :func:`.yes_no.pope`.
-        scorer: ``scenes``, ``scenes_first_words``, or either with ``@token``.
+        scorer: ``scenes``, ``scenes_first_words``, or either with ``@token``; ``scene_captions``. Default: the last one for
+            captions, else the first.
         group: of tables; default: by split and stream, ``GROUPS_OF``.
         config: settings of the scenes (``data.scenes.SceneConfig``); training and evaluation share ``world``.
 
@@ -111,7 +112,8 @@ def scenes(
         return [item for item in found if not ask or item.kind in ask]
 
     return make_suite(
-        load, path or f"scenes ({', '.join(splits)})", group=group or _group(splits[0], stream), scorer=scorer,
+        load, path or f"scenes ({', '.join(splits)})", group=group or _group(splits[0], stream),
+        scorer=scorer or ("scene_captions" if stream == "caption" else "scenes"),
         mode=mode, max_new_tokens=max_new_tokens, limit=limit,
     )  # fmt: skip
 
