@@ -95,10 +95,14 @@ def load_suites(files: Sequence[str], arguments: Sequence[str] = ()) -> Wanted:
     if not (config.suites or config.analyses or config.lmms):
         raise UserError("configuration: nothing is asked; give suites: or analyses:")
     if config.lmms is not None:
-        from ..evaluation.lmms.run import run_lmms
+        from ..evaluation.lmms.run import check_run, run_lmms
 
         where = partial(_place, partial(wanted.where, "lmms"))
         check_arguments(run_lmms, config.lmms, where, {"model": "", "out": ""})
+        try:
+            check_run(**config.lmms)
+        except UserError as error:
+            raise UserError(f"{where('')}: {error}") from error
     for name, spec in config.suites.items():
         wanted.registered[name] = str(spec.get("suite", name))
         wanted.suites[name] = suite_of(name, spec, wanted.where, "suites")

@@ -125,6 +125,10 @@ def as_table(scores: dict[str, Any], title: str) -> Table:
                 _shown(blind.get(name_of)),
                 _shown(measures.get("unparsed")),
             )
+    for name, task in scores.get("lmms", {}).get("tasks", {}).items():
+        found = task["measures"].get(task["primary"] or "")
+        number = _shown(found) if found else "-"
+        table.add_row(name, f"{task['primary'] or ''} (lmms-eval)", str(task["n"]), number, "-", "-")
     return table
 
 

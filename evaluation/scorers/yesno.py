@@ -41,7 +41,7 @@ def read_yes_no(text: str) -> str | None:
     """``yes`` or ``no``; None where the text says neither, both, or that it cannot tell.
 
     In this order: words of doubt anywhere are no answer; "the answer is yes"; a first word that affirms or denies
-    ("Sure", "Nope"); the first sentence with one of "yes" and "no", or with a negation ("There isn't one"), or
+    ("Sure", "Nope", "Certainly not"); the first sentence with one of "yes" and "no", or with a negation ("There isn't one"), or
     beginning as an affirmation does ("There is", "It does", "I can see"); exactly one of "yes" and "no" further on. That
     "There is a cat" says nothing about a dog is beyond a rule.
     """
@@ -54,7 +54,8 @@ def read_yes_no(text: str) -> str | None:
         return stated.pop() if len(stated) == 1 else None
     lead = _LEAD.match(said)
     if lead:
-        return "yes" if lead["yes"] else "no"
+        denied = re.match(r"\W*not\b", said[lead.end() :])  # "Absolutely not"
+        return "yes" if lead["yes"] and not denied else "no"
     first = re.split(r"[.!?]", said, maxsplit=1)[0]
     found = _named(first)
     if len(found) == 2:

@@ -57,6 +57,8 @@ STRESS = {
     "Yes, but not a big one": ("no", "no", "yes"),
     "There is a park. No dog is there.": ("yes", "yes", "yes"),
     "The picture shows a park. No dog is there.": ("yes", None, "no"),
+    "Absolutely not": ("no", "no", "no"),
+    "Of course not.": ("no", "no", "no"),
     "The answer is no.": ("no", "no", "no"),
     "Answer: yes": ("yes", "yes", "yes"),
     "**Yes**": ("yes", "yes", "yes"),
