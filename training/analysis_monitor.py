@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from composer.core import Callback, State
+from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 from PIL import Image
@@ -17,11 +17,11 @@ from ..algorithms.base import unwrap
 from ..evaluation.adapter import VLMAdapter
 from ..models.errors import UserError
 from .eval_config import analysis_of
+from .looks import Looks
 from .schema import Spec
-from .suite_monitor import interval_of, number
 
 
-class AnalysisMonitor(Callback):
+class AnalysisMonitor(Looks):
     """Makes analyses at intervals and at the end of training.
 
     Ranks share the questions; rank 0 writes ``ba<batch>/<name>.json`` and ``.png``. Not for sharded models: analyses call
@@ -48,12 +48,11 @@ class AnalysisMonitor(Callback):
             raise UserError(f"callbacks.analysis_monitor.batch_size: {batch_size} is less than 1")
         if not analyses:
             raise UserError("callbacks.analysis_monitor.analyses: name at least one analysis")
-        self.interval = interval_of("analysis_monitor", interval)
+        super().__init__("analysis_monitor", interval)
         place = lambda *keys: ".".join(("callbacks.analysis_monitor", *keys))  # noqa: E731
         self.analyses = {n: analysis_of(n, spec or {}, place, "analyses") for n, spec in analyses.items()}
         self.batch_size, self.folder = batch_size, folder
         self._samples: dict[str, list[dict[str, Any]]] = {}
-        self._shown, self._last = 0, -1
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Read the questions.
@@ -66,25 +65,10 @@ class AnalysisMonitor(Callback):
                 "callbacks.analysis_monitor: not with parallelism_config.fsdp2; analyse a finished stage with `opsin eval`"
             )
         self._samples = {name: analysis.samples() for name, analysis in self.analyses.items()}
-        self._shown = number(state, self.interval)
+        self.begin(state)
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """A look at each interval."""
-        if number(state, self.interval) > self._shown and self.interval.unit != "ep":
-            self._look(state, logger)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """A look at each interval of epochs."""
-        if number(state, self.interval) > self._shown:
-            self._look(state, logger)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """A last look."""
-        if self._last != int(state.timestamp.batch):
-            self._look(state, logger)
-
-    def _look(self, state: State, logger: Logger) -> None:
-        self._shown, self._last = number(state, self.interval), int(state.timestamp.batch)
+    def look(self, state: State, logger: Logger) -> None:
+        """Analyse, log and write."""
         loader: Any = state.train_dataloader
         adapter = VLMAdapter(unwrap(state.model), loader.collate_fn, batch_size=self.batch_size)
         results = {name: a.run(adapter, self._samples[name]) for name, a in self.analyses.items()}
@@ -93,14 +77,14 @@ class AnalysisMonitor(Callback):
             logger.log_metrics({f"analyses/{name}/{key}": value for key, value in numbers(found)})
             if self.folder is None or dist.get_global_rank() != 0:
                 continue
-            folder = Path(self.folder) / f"ba{self._last}"
+            folder = Path(self.folder) / f"ba{self.last}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             drawn = result.picture(folder / f"{name}.png")
             if drawn is not None:
                 with Image.open(drawn) as picture:
                     shown = np.asarray(picture.convert("RGB"))[None]
-                logger.log_images(shown, name=f"analyses/{name}", channels_last=True, step=self._last)
+                logger.log_images(shown, name=f"analyses/{name}", channels_last=True, step=self.last)
 
 
 def numbers(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from composer.core import Callback, State
+from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -14,11 +14,11 @@ from ..algorithms.base import unwrap
 from ..evaluation.adapter import VLMAdapter
 from ..evaluation.lmms.tasks import write_tasks
 from ..models.errors import UserError
+from .looks import Looks
 from .schema import Spec
-from .suite_monitor import interval_of, number
 
 
-class LmmsMonitor(Callback):
+class LmmsMonitor(Looks):
     """Asks tasks of lmms-eval (extra ``eval``) at intervals and at the end of training: ``lmms/TASK/MEASURE``.
 
     Ranks share the documents. Random states, the model and its mode are as before after each look. Not with sharded
@@ -34,7 +34,7 @@ class LmmsMonitor(Callback):
     def __init__(
         self, tasks: dict[str, Spec], interval: str = "1ep", limit: int | None = None, batch_size: int = 16
     ):
-        self.interval = interval_of("lmms_monitor", interval)
+        super().__init__("lmms_monitor", interval)
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"callbacks.lmms_monitor.{name}: {value} is less than 1")
@@ -43,7 +43,6 @@ class LmmsMonitor(Callback):
         self.tasks, self.limit, self.batch_size = tasks, limit, batch_size
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._adapter: VLMAdapter | None = None
-        self._shown, self._last = 0, -1
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Write the tasks, each rank for itself."""
@@ -55,33 +54,18 @@ class LmmsMonitor(Callback):
         self._adapter = VLMAdapter(unwrap(state.model), loader.collate_fn, batch_size=self.batch_size)
         self._folder = tempfile.TemporaryDirectory(prefix="opsin-lmms-")
         write_tasks(Path(self._folder.name), self.tasks)
-        self._shown = number(state, self.interval)
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """A look at each interval."""
-        if number(state, self.interval) > self._shown and self.interval.unit != "ep":
-            self._look(state, logger)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """A look at each interval of epochs."""
-        if number(state, self.interval) > self._shown:
-            self._look(state, logger)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """A last look."""
-        if self._last != int(state.timestamp.batch):
-            self._look(state, logger)
+        self.begin(state)
 
     def close(self, state: State, logger: Logger) -> None:
         """Remove the tasks."""
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _look(self, state: State, logger: Logger) -> None:
+    def look(self, state: State, logger: Logger) -> None:
+        """Ask the tasks and log their measures."""
         from ..evaluation.lmms.inside import ask_inside
 
         assert self._adapter is not None and self._folder is not None
-        self._shown, self._last = number(state, self.interval), int(state.timestamp.batch)
         found = ask_inside(self._adapter, self._folder.name, list(self.tasks), limit=self.limit)
         for task, entry in found["tasks"].items():
             measures = {name: measure["value"] for name, measure in entry["measures"].items()}

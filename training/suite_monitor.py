@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from composer.core import Callback, State, Time
+from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -24,10 +24,11 @@ from ..evaluation.records import Item, prediction, write_predictions
 from ..models.errors import UserError
 from ..models.vlm import VisionLanguageModel
 from .eval_config import suite_of
+from .looks import Looks
 from .schema import Spec
 
 
-class SuiteMonitor(Callback):
+class SuiteMonitor(Looks):
     """Asks suites of questions at intervals and at the end of training, and logs their scores.
 
     ``metrics/SUITE/MEASURE`` as Composer's evaluators log theirs. Ranks share the questions; answers are put together by
@@ -55,7 +56,7 @@ class SuiteMonitor(Callback):
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"callbacks.suite_monitor.{name}: {value} is less than 1")
-        self.interval = interval_of("suite_monitor", interval)
+        super().__init__("suite_monitor", interval)
         if not suites:
             raise UserError("callbacks.suite_monitor.suites: name at least one suite")
         place = lambda *keys: ".".join(("callbacks.suite_monitor", *keys))  # noqa: E731
@@ -63,7 +64,6 @@ class SuiteMonitor(Callback):
         self.limit, self.batch_size, self.folder = limit, batch_size, folder
         self._items: dict[str, list[Item]] = {}
         self._adapter: VLMAdapter | None = None
-        self._shown, self._last = 0, -1
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Read the questions, and leave out what this model cannot be asked."""
@@ -93,28 +93,11 @@ class SuiteMonitor(Callback):
             self._items[name] = kept
             if len(kept) < len(items):
                 logger.log_metrics({f"metrics/{name}/left_out": len(items) - len(kept)})
-        self._shown = number(
-            state, self.interval
-        )  # after a resumption the next look is due at the next interval
+        self.begin(state)
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """A look at each interval."""
-        if number(state, self.interval) > self._shown and self.interval.unit != "ep":
-            self._look(state, logger)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """A look at each interval of epochs."""
-        if number(state, self.interval) > self._shown:
-            self._look(state, logger)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """A last look."""
-        if self._last != int(state.timestamp.batch):
-            self._look(state, logger)
-
-    def _look(self, state: State, logger: Logger) -> None:
+    def look(self, state: State, logger: Logger) -> None:
+        """Ask all suites, log their scores, keep the answers."""
         assert self._adapter is not None
-        self._shown, self._last = number(state, self.interval), int(state.timestamp.batch)
         sharded = bool(state.fsdp_enabled)
         with whole(self._adapter.model, sharded):
             for name, suite in self.suites.items():
@@ -122,29 +105,9 @@ class SuiteMonitor(Callback):
                 found = {k: m.value for k, m in asked.scores.measures.items() if m.value is not None}
                 logger.log_metrics({f"metrics/{name}/{key}": value for key, value in found.items()})
                 if self.folder is not None and dist.get_global_rank() == 0:
-                    folder = Path(self.folder) / f"ba{self._last}"
+                    folder = Path(self.folder) / f"ba{self.last}"
                     folder.mkdir(parents=True, exist_ok=True)
                     write_predictions(folder / f"{name}.jsonl", asked.records)
-
-
-def interval_of(key: str, text: str) -> Time:
-    """An interval of a callback in Composer's notation.
-
-    Raises:
-        UserError: it is none, or less than one batch.
-    """
-    try:
-        interval = Time.from_timestring(text)
-    except ValueError as error:
-        raise UserError(f"callbacks.{key}.interval: '{text}': use 100ba, 1ep and the like") from error
-    if interval.unit not in ("ba", "ep", "sp", "tok") or interval.value < 1:
-        raise UserError(f"callbacks.{key}.interval: '{text}': use 1ba or more, or 1ep or more")
-    return interval
-
-
-def number(state: State, interval: Time) -> int:
-    """Intervals that are over."""
-    return int(state.timestamp.get(interval.unit).value) // int(interval.value)
 
 
 def askable(adapter: VLMAdapter, item: Item, mode: str) -> bool:
