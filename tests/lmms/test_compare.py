@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,3 +77,12 @@ def test_the_command_prints_the_table_and_every_reason(tmp_path: Path, capsys: p
     assert "8 answers are taken differently" in said and "the same numbers" in said
     assert (tmp_path / "out" / "by_hand.csv").read_text(encoding="utf-8").startswith("yes/0,yes,Yes")
     assert main([str(file), "--suite", "t"]) == 2 and "there are s" in capsys.readouterr().err
+
+
+def test_of_twenty_right_answers_lmms_eval_counts_eight(tmp_path: Path) -> None:
+    """The number of docs/evaluation.md, on the list that our scorers' golden test has."""
+    twenty = runpy.run_path(str(Path(__file__).parents[1] / "evaluation" / "test_scorers_pope.py"))["RIGHT"]
+    asked = [{**records(gold)[0], "id": str(i), "output": said} for i, (said, gold) in enumerate(twenty)]
+    found = compare(asked, tmp_path)["scorers"]
+    counted = {name: round(20 * numbers["accuracy"]) for name, numbers in found.items()}
+    assert list(counted.values())[:3] == [20, 20, 8]
