@@ -33,6 +33,7 @@ def apply(*, trust_checkpoints: bool = False) -> None:
     """
     average_gradients_on_gloo()
     load_checkpoints_without_code(trust_checkpoints)
+    load_checkpoints_of_either_form()
 
 
 def average_gradients_on_gloo() -> None:
@@ -95,6 +96,31 @@ def load_checkpoints_without_code(trust: bool = False) -> None:
 
     load_bytes._stock = stock_bytes  # type: ignore[attr-defined]
     DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
+
+
+def load_checkpoints_of_either_form() -> None:
+    """Let Composer load what another layout has written: one process, DDP and FSDP2 go on with each other's checkpoints.
+
+    Composer 0.32.1 loads only the form that it would write: "load_path must be a directory" under FSDP2, and
+    without it a folder is taken for a file. (Both hold the same state: ``training.checkpoints``.)
+    """
+    from composer.utils import checkpoint
+
+    if hasattr(checkpoint.load_checkpoint, "_stock"):
+        return
+    stock = checkpoint.load_checkpoint
+
+    def load_checkpoint(path: str, state: Any, logger: Any, object_store: Any = None, **options: Any) -> Any:
+        from composer.utils import partial_format
+
+        from .checkpoints import in_form
+
+        path = partial_format(path, run_name=state.run_name)
+        with in_form(path, state.fsdp_sharded_state_dict_enabled, object_store) as (path, store):
+            return stock(path, state, logger, object_store=store, **options)
+
+    load_checkpoint._stock = stock  # type: ignore[attr-defined]
+    checkpoint.load_checkpoint = load_checkpoint
 
 
 _STOCK_LOAD: Any = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from ..models.errors import UserError
 from ..models.export import split_heads
 from ..models.vlm import VisionLanguageModel
-from .compat import load_plain
+from .checkpoints import read
 
 _HF, _HEADS = "net.hf.", "net.auxiliary."
 
@@ -31,15 +30,7 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: not a checkpoint of Composer, or one that would run code.
     """
-    if path.is_file():
-        body = load_plain(path, "cpu")
-    else:
-        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-        with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "whole.pt"
-            dcp_to_torch_save(path, whole)
-            body = load_plain(whole, "cpu")
+    body = read(path)
     try:
         state: dict[str, Any] = body["state"]["model"]
     except (KeyError, TypeError) as error:

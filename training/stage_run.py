@@ -22,6 +22,7 @@ from ..models.errors import UserError, nearest
 from ..models.export import export_model, load_model
 from ..models.parts import parameter_groups, set_trainable
 from ..models.vlm import VisionLanguageModel
+from . import checkpoints as saved
 from .builders import algorithms_of_stage, build_optimizer, build_scheduler, construct, mapped, named
 from .config import Loaded
 from .guards import EveryParameterTrained, RestoreRandomState, SkippedSamples
@@ -162,6 +163,8 @@ def train_stage(
         else str(folder.checkpoints(stage.name))
     )
     parallel = parallelism(loaded)
+    sharded = parallel is not None and parallel.fsdp.state_dict_type == "sharded"  # type: ignore[union-attr]
+    found = saved.before_resuming(checkpoints, sharded) if run.autoresume else None
     monitors = (
         [] if len(dataset.stream_names) < 2 or "mixture_monitor" in run.callbacks else [MixtureMonitor()]
     )
@@ -197,7 +200,7 @@ def train_stage(
         save_num_checkpoints_to_keep=run.save_num_checkpoints_to_keep,
         save_overwrite=True,
         autoresume=run.autoresume,
-        load_path=run.load_path,
+        load_path=found or run.load_path,
         device=run.device,
         precision=precision,
         device_train_microbatch_size=min(config.device_train_microbatch_size or batch, batch),
