@@ -24,6 +24,7 @@ import torch
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 
 from ..models.errors import UserError
+from . import compat
 
 WHOLE, SHARDED = "whole", "sharded"
 METADATA = ".metadata"
@@ -76,6 +77,7 @@ def convert(source: str | Path, to: str | Path) -> str:
 def _write_whole(source: Path, to: Path) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+    compat.safe()
     dcp_to_torch_save(source, to)
 
 
@@ -94,8 +96,6 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it would run code (unless ``compat.apply(trust_checkpoints=True)``), or is none.
     """
-    from composer.utils import checkpoint
-
     path = Path(path)
     if form_of(path) == SHARDED:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +103,7 @@ def read(path: str | Path) -> dict[str, Any]:
             _write_whole(path, whole)
             return read(whole)
     try:
-        body = checkpoint._torch_load_with_validation(path, "cpu")
+        body = compat.load_file(path)
     except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(body, dict):

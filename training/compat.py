@@ -75,6 +75,8 @@ def load_checkpoints_without_code(trust: bool = False) -> None:
     from torch.distributed.checkpoint import filesystem
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+    global _TRUSTED
+    _TRUSTED = trust
     stock_bytes = getattr(DefaultLoadPlanner.load_bytes, "_stock", DefaultLoadPlanner.load_bytes)
     if trust:
         checkpoint._torch_load_with_validation = _STOCK_LOAD or checkpoint._torch_load_with_validation
@@ -124,6 +126,27 @@ def load_checkpoints_of_either_form() -> None:
 
 
 _STOCK_LOAD: Any = None
+_TRUSTED: bool | None = None
+
+
+def load_file(path: Path, map_location: str = "cpu") -> Any:
+    """A checkpoint's file outside Composer, by the same rule; without code unless ``apply`` was told to trust.
+
+    Raises:
+        UserError: it holds more than tensors and plain data.
+    """
+    safe()
+    return (
+        torch.load(path, map_location=map_location, weights_only=False)
+        if _TRUSTED
+        else load_plain(path, map_location)
+    )
+
+
+def safe() -> None:
+    """Nothing that a checkpoint holds is run, from now on, unless ``apply`` was told otherwise."""
+    if _TRUSTED is None:
+        load_checkpoints_without_code()
 
 
 def _remember(stock: Any) -> None:
