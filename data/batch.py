@@ -135,7 +135,7 @@ def split_batch(
     divisors = None
     if training:
         if "lm" not in declared(batch):  # unless a method owns the denominator (L2T)
-            declare(batch, "lm", weights.double().sum())
+            declare(batch, "lm", weights.double().sum(), "tokens")
         divisors = denominators(declared(batch), parts)
     rows = batch["input_ids"].shape[0]
     if rows < parts:

@@ -14,23 +14,39 @@ term divides its local sum by that count, and undoes what Composer and the wrapp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
-_PREFIX = "count/"
+_PREFIX, _UNIT = "count/", "unit/"
+TERMS = "terms"
+"""Key of a micro-batch under which :func:`term` leaves its values by name, for whoever logs them."""
 DENOMINATORS = "denominators"
 """Key of a micro-batch that holds the divisors, by term."""
 
 
-def declare(batch: dict[str, torch.Tensor], name: str, count: torch.Tensor | float) -> None:
-    """Declare the number of things (tokens, patches ...) over which term ``name`` sums in this device batch.
+def declare(batch: dict[str, Any], name: str, count: torch.Tensor | float, unit: str = "") -> None:
+    """Declare the number of things over which term ``name`` sums in this device batch.
 
     Every rank must declare the same names in every step, with 0 where it has nothing.
+
+    Args:
+        batch: the device batch.
+        name: of the term.
+        count: how many, or the sum of their weights.
+        unit: what is counted, for the log: ``tokens``, ``patches``, ``views`` ...
     """
     batch[_PREFIX + name] = torch.as_tensor(count, dtype=torch.float64).detach().cpu().reshape(())
+    batch[_UNIT + name] = unit
 
 
-def declared(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unit_of(batch: dict[str, Any], name: str) -> str:
+    """What term ``name`` counts; empty: nobody said."""
+    return batch.get(_UNIT + name, "")
+
+
+def declared(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Counts declared so far, sorted by name."""
     return {k[len(_PREFIX) :]: batch[k] for k in sorted(batch) if k.startswith(_PREFIX)}
 
@@ -63,6 +79,10 @@ def term(local_sum: torch.Tensor, name: str, batch: dict) -> torch.Tensor:
     Args:
         local_sum: scalar, summed over what :func:`declare` counted.
         name: the declared name.
-        batch: the micro-batch, as ``split_batch`` made it.
+        batch: the micro-batch, as ``split_batch`` made it. The term stays there under ``TERMS`` until the micro-batch
+            goes: whoever logs it need not know the method.
     """
-    return local_sum / batch[DENOMINATORS][name]
+    value = local_sum / batch[DENOMINATORS][name]
+    terms = batch.setdefault(TERMS, {})
+    terms[name] = terms[name] + value if name in terms else value
+    return value

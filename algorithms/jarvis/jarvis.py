@@ -231,7 +231,7 @@ class JARVIS(PredictsTarget):
         """Draw the masks of a device batch (on the CPU), count what the loss is summed over."""
         step = int(state.timestamp.batch) if self._needs_step() else 0
         self.enter(state.batch, step)
-        declare(state.batch, self.name, state.batch[WEIGHT].double().sum())
+        declare(state.batch, self.name, state.batch[WEIGHT].double().sum(), "patches")
 
     def _needs_step(self) -> bool:
         return self.ntp_scope == "step" or (self.masks is not None and self.masks.size_scope == "batch")

@@ -201,7 +201,7 @@ class L2T(VisionAlgorithm):
         options = {"lambda_instruction": self.lambda_instruction, "lambda_response": self.lambda_response}
         z, _ = normaliser(n[0], n[1], normalisation=self.normalisation, **options)
         _, factor = normaliser(total[0], total[1], normalisation=self.normalisation, **options)
-        declare(batch, "lm", z)
+        declare(batch, "lm", z, "tokens")
         if self.normalisation == "separate":
             batch["loss_weights"] = torch.where(
                 instruction, batch["loss_weights"] * factor, batch["loss_weights"]

@@ -204,7 +204,7 @@ class ROSS(PredictsTarget):
         """Declare the number of views."""
         batch = state.batch
         refused = batch["refused"][batch["view_row"], batch["view_document"]]
-        declare(batch, self.name, (~refused).sum())
+        declare(batch, self.name, (~refused).sum(), "views")
 
     def before_forward(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Ask for the layer that is the condition."""
