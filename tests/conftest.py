@@ -30,6 +30,14 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Four ranks, forked from one process at first use and kept alive."""
+    pool = RankPool(4, forked=True)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small dataset of scenes."""
     import runs

@@ -86,11 +86,15 @@ class Logged(LoggerDestination):
 
 
 class Record(Callback):
-    """Losses and gradients of every step."""
+    """Losses and gradients of every step, and which documents this rank was dealt."""
 
     def __init__(self) -> None:
         self.losses: list[dict[str, float]] = []
         self.gradients: list[dict[str, torch.Tensor]] = []
+        self.uids: list[list[int]] = []
+
+    def batch_start(self, state: Any, logger: Any) -> None:
+        self.uids.append(state.batch["document_uid"].flatten().tolist())
 
     def after_train_batch(self, state: Any, logger: Any) -> None:
         self.gradients.append(gradients_of(state.model))
@@ -139,15 +143,18 @@ def train(
     lr: float = 1e-2,
     seed: int = 3,
     trainer: dict[str, Any] | None = None,
+    autocast: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a tiny model for some steps; the same function in one process and on ranks.
 
-    ``algorithms``: (``module:class``, keyword arguments). Returns losses, gradients, weights.
+    ``algorithms``: (``module:class``, keyword arguments). ``autocast``: to bfloat16, as a run does where Composer
+    refuses ``amp_bf16``. Returns losses, gradients, weights.
     """
     world, rank = dist.get_world_size(), dist.get_global_rank()
     built = zoo.build(family, seed=1, size=size)
     model = VisionLanguageModel(built.hf, built.processor, bidirectional_images=bidirectional)
+    model.net.autocast_dtype = torch.bfloat16 if autocast else None
     set_trainable(model, trainable or {"vision_tower": False, "mm_projector": True, "language_model": True})
     device_batch = global_batch // world
     samples = mixed_samples(global_batch * steps) if samples is None else samples
@@ -192,6 +199,7 @@ def train(
         "fsdp": fsdp_on,
         "plain_parameters": plain,
         "keys": [list(loss) for loss in record.losses],
+        "uids": record.uids,
     }
     fit.close()
     reproducibility.seed_all(0)

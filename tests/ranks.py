@@ -58,10 +58,15 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
 
 
 class RankPool:
-    """``world`` processes that run jobs together."""
+    """``world`` processes that run jobs together.
 
-    def __init__(self, world: int = 2):
-        self.world = world
+    Args:
+        world: how many.
+        forked: from one process that has imported all (a fork server), which costs one start instead of ``world``.
+    """
+
+    def __init__(self, world: int = 2, *, forked: bool = False):
+        self.world, self.forked = world, forked
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -69,7 +74,10 @@ class RankPool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context = mp.get_context("spawn")
+        context: Any = mp.get_context("spawn")
+        if self.forked:
+            context = mp.get_context("forkserver")
+            context.set_forkserver_preload(["jobs", "methods"])
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
