@@ -7,8 +7,8 @@ Support for a new family is one file in ``models/families``: an :class:`Anatomy`
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,14 @@ Pictures = list[torch.Tensor]
 
 PARTS = ("vision_tower", "mm_projector", "language_model", "auxiliary")
 """Parts of a model by which parameters are frozen, grouped and counted; named as LLaVA's flags name them."""
+
+CAPABILITIES = {
+    "masks": "attention masks of a method (who sees whom)",
+    "packing": "several documents in one row",
+    "branches": "independent questions that share one picture in one row",
+    "bidirectional_images": "the choice whether visual tokens see all tokens of their own image",
+}
+"""What a family may refuse (``Anatomy.refuses``), and what each means."""
 
 _FAMILY_MODULES = ("llava", "llava_next", "qwen2_vl")
 _FAMILIES: dict[str, tuple[Callable[[Any], Anatomy], type[ImageEncoder]]] = {}
@@ -43,6 +51,7 @@ class Anatomy:
         body: path of the model without its head, which joins image features and text.
         layers: path of the decoder layers inside the language model.
         token_types: ``generate`` wants to be told which tokens are visual (transformers 5, M-RoPE families).
+        refuses: what the family cannot do (keys of ``CAPABILITIES``) -> why, in words that end a sentence.
     """
 
     family: str
@@ -55,6 +64,17 @@ class Anatomy:
     body: str = "model"
     layers: str = "layers"
     token_types: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def require(self, capability: str, what: str) -> None:
+        """Stop where ``what`` needs a capability (key of ``CAPABILITIES``) that the family does not have.
+
+        Raises:
+            UserError: the family refuses it.
+        """
+        assert capability in CAPABILITIES, capability
+        if capability in self.refuses:
+            raise UserError(f"{what}: not with a {self.family} model: {self.refuses[capability]}")
 
     def decoder(self, hf: nn.Module) -> nn.Module:
         """The decoder without its head."""
