@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
@@ -25,16 +26,19 @@ class MetricsFile(LoggerDestination):
     def __init__(self, path: str | Path, stage: str):
         self.path = Path(path)
         self.stage = stage
-        self._pending: dict[str, float] = {}
+        self._pending: dict[str, float | torch.Tensor] = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Keep numbers until the step ends."""
+        """Keep numbers until the step ends; what lies on a device stays there so long, and nobody waits for it."""
         for name, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                if value.numel() == 1:
+                    self._pending[name] = value.detach().clone()  # it may be added to before it is written
+                continue
             try:
-                number = float(value)
+                self._pending[name] = float(value)
             except (TypeError, ValueError):
                 continue
-            self._pending[name] = number if math.isfinite(number) else math.nan
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop lines from the current step on: they will come again."""
@@ -65,7 +69,8 @@ class MetricsFile(LoggerDestination):
         pending, self._pending = self._pending, {}
         if dist.get_global_rank() or "loss/train/total" not in pending:
             return
-        clean = {k: (None if math.isnan(v) else v) for k, v in pending.items()}
+        numbers = {k: float(v) for k, v in pending.items()}
+        clean = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.stage, "step": step, **clean}) + "\n")

@@ -116,6 +116,8 @@ RUN: dict[str, Rule] = {
     "device": one_of("cpu", "gpu", "mps", cuda="gpu"),
     "save_interval": time(),
     "save_num_checkpoints_to_keep": at_least(-1),
+    "non_finite": one_of("stop", "skip"),
+    "max_skipped_batches": at_least(0),
     "dist_timeout": at_least(0, above=True),
     "python_log_level": one_of("debug", "info", "warning", "error", "critical", any_case=True),
     "preflight.batches": at_least(0),

@@ -154,6 +154,7 @@ models = Registry(
     "Vision-language models: from a folder or hub name, from parts, or tiny ones for demonstration.",
     {
         "hf_vlm": ".models:hf_vlm",
+        "llava_from_parts": ".models:llava_from_parts",
         "scenes_llava": ".models:scenes_llava",
         "smollm2_llava": ".models:smollm2_llava_model",
     },
@@ -184,7 +185,9 @@ callbacks = Registry(
     {
         "analysis_monitor": ".analysis_monitor:AnalysisMonitor",
         "lmms_monitor": ".lmms_monitor:LmmsMonitor",
+        "loss_ledger": ".loss_ledger:LossLedger",
         "mixture_monitor": ".mixture_monitor:MixtureMonitor",
+        "non_finite": ".non_finite:NonFinite",
         "suite_monitor": ".suite_monitor:SuiteMonitor",
         "jarvis_pictures": "opsin.algorithms.jarvis.pictures:JARVISPictures",
         "ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures",

@@ -167,6 +167,8 @@ class RunConfig(StageConfig):
     device: str | None = None
     parallelism_config: dict[str, Any] | None = None
     dist_timeout: float = 1800.0
+    non_finite: str = "stop"
+    max_skipped_batches: int = 10
     save_folder: str | None = None
     save_interval: str = "1ep"
     save_num_checkpoints_to_keep: int = 2

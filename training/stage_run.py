@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -27,14 +28,17 @@ from .builders import algorithms_of_stage, build_optimizer, build_scheduler, con
 from .config import Loaded
 from .guards import EveryParameterTrained, RestoreRandomState, SkippedSamples
 from .init_weights import is_checkpoint, load_weights
+from .loss_ledger import LossLedger
 from .metrics_file import MetricsFile
 from .mixture_monitor import MixtureMonitor
+from .non_finite import NonFinite
 from .preflight import check_batches, check_features, print_methods, print_report
 from .progress import ProgressBar
 from .registry import callbacks as callback_registry
 from .registry import loggers as logger_registry
 from .registry import models as model_registry
 from .run_folder import RunFolder
+from .schema import RunConfig
 from .scoring import check_window
 from .stage_data import build_evaluators, build_train_spec, device_batch_size, first_samples
 from .stages import Stage, find_start
@@ -63,7 +67,7 @@ def build_model(
     """The stage's model: from ``model:``, or from what the stage starts from; parts frozen as said."""
     source = None if stage.start is None else find_start(stage.start, folder.root, folder.path, names)
     if stage.start is None or source is None or is_checkpoint(source):
-        given = {"meta": meta} if loaded.run.model.get("name") == "hf_vlm" else {}
+        given = {"meta": meta} if _takes_meta(loaded) else {}
         model = named(model_registry, loaded.run.model, loaded.where, "model", **given)
         if source is not None and stage.start is not None and not meta:
             load_weights(model, source, stage.start.heads, console or Console(stderr=True))
@@ -82,6 +86,16 @@ def build_model(
         decoder: Any = model.anatomy.decoder(model.hf)
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _takes_meta(loaded: Loaded) -> bool:
+    """Whether the model's constructor can build it without weights."""
+    name = loaded.run.model.get("name")
+    if name is None:
+        return False
+    return (
+        "meta" in inspect.signature(model_registry.get(str(name), loaded.where("model", "name"))).parameters
+    )
 
 
 def parallelism(loaded: Loaded) -> ParallelismConfig | None:
@@ -123,6 +137,12 @@ def callback_folders(loaded: Loaded, stage_folder: Path) -> dict[str, dict[str, 
         for name, make in made.items()
         if isinstance(make, type) and hasattr(make, "folder_name")
     }
+
+
+def non_finite(run: RunConfig, stage_folder: Path) -> NonFinite:
+    """What the run does about losses and gradients that are no numbers."""
+    log = str(stage_folder / "non_finite.jsonl")
+    return NonFinite(run.non_finite, max_skipped_batches=run.max_skipped_batches, log=log)
 
 
 def train_stage(
@@ -181,6 +201,7 @@ def train_stage(
             EveryParameterTrained(),
             restore,
             *monitors,
+            *([] if "loss_ledger" in run.callbacks else [LossLedger()]),
             *mapped(
                 callback_registry,
                 run.callbacks,
@@ -188,6 +209,8 @@ def train_stage(
                 "callbacks",
                 **callback_folders(loaded, stage_folder),
             ),
+            # Last: it may take gradients away that others look at.
+            *([] if "non_finite" in run.callbacks else [non_finite(run, stage_folder)]),
         ],
         loggers=[
             MetricsFile(folder.metrics, stage.name),

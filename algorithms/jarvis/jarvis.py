@@ -333,8 +333,9 @@ class JARVIS(PredictsTarget):
         else:
             each = prediction_losses(predicted, self.targets(model, batch), self.loss)
             local = weighted_sum(each, batch["jarvis/weights"])
-            sums = torch.stack([each.detach().double().mul(batch["jarvis/weights"]).sum(),
-                                batch["jarvis/weights"].double().sum()])  # fmt: skip
+            each = each.detach().double()
+            weights = torch.where(each.isfinite(), batch["jarvis/weights"].double(), 0.0)
+            sums = torch.stack([weighted_sum(each, weights), weights.sum()])
             self._sums = sums if self._sums is None else self._sums + sums
         losses[self.name] = self.weight * term(local, self.name, batch)
 

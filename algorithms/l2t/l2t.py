@@ -123,6 +123,10 @@ class L2T(VisionAlgorithm):
         self.log_interval = int(log_interval)
         if on_text_only:
             self.needs = frozenset()  # type: ignore[misc]
+        if not on_text_only and lambda_response == 1:
+            self.lives_on = {
+                "visual_instructions": "without on_text_only it learns instructions about pictures alone"
+            }
         self.table: list[Template] | None = None
         self.source_used = ""
         self._ids = torch.zeros(0, dtype=torch.int64)
@@ -225,7 +229,7 @@ class L2T(VisionAlgorithm):
         """Add up the losses of instruction (first and later turns) and response, without waiting for the device."""
         outputs: Any = state.outputs
         batch, nll = state.batch, outputs["nll"].detach()
-        real = batch["label_weights"] > 0
+        real = (batch["label_weights"] > 0) & nll.isfinite()  # a batch may be left out for one that is not
         instruction = real & (batch["label_roles"] == Role.INSTRUCTION)
         later = (batch["label_turns"] > 0) & (batch["label_branches"] == 0)
         groups = torch.stack([instruction & ~later, instruction & later, real & ~instruction])

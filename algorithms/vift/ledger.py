@@ -75,7 +75,7 @@ class Ledger:
         rows, length = batch["label_rows"], batch["input_ids"].shape[1]
         document = batch["document_ids"].flatten()[rows].long().clamp(min=0)
         of = stream[rows // length, document]
-        real = (batch["label_weights"] > 0) & (of >= 0)
+        real = (batch["label_weights"] > 0) & (of >= 0) & nll.isfinite()
         at = torch.where(real, of, streams)  # what counts for none goes behind the last
         sums = nll.new_zeros(2, streams + 1, dtype=torch.float64)
         sums.index_add_(1, at, torch.stack([torch.where(real, nll, 0.0).double(), real.double()]))
