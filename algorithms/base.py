@@ -6,7 +6,7 @@ bare ``composer.Trainer(algorithms=[Method()])`` as well as from YAML.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,9 @@ class VisionAlgorithm(Algorithm):
         loss_keys: keys it adds to the loss.
         needs: what it needs of the model or the data, for ``--check`` (for example ``{"images"}``).
         refuses: settings it cannot work with, and why.
+        leaves_out: what no document keeps its labels with beside this method -> the sentence that says so; see ``compose``.
+        lives_on: what it does nothing at all without -> the sentence that says so. Both may be set by an instance,
+            where its arguments decide.
     """
 
     name: ClassVar[str]
@@ -63,6 +66,8 @@ class VisionAlgorithm(Algorithm):
     loss_keys: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[dict[str, str]] = {}
+    leaves_out: Mapping[str, str] = {}
+    lives_on: Mapping[str, str] = {}
 
     def is_off(self) -> bool:
         """Whether the arguments switch the method off: then it does no work and attaches no head."""

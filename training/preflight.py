@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..algorithms.base import VisionAlgorithm
+from ..algorithms.compose import identical_by_construction
 from ..data.collate import VLMCollator
 from ..data.encode import Status
 from ..data.schema import IGNORE_INDEX, Role
@@ -163,3 +164,9 @@ def print_methods(console: Console, model: VisionLanguageModel, algorithms: Mapp
             said = algorithm.about(model)
             if said:
                 console.print(f"{name}: {said}", soft_wrap=True, highlight=False)
+    same = identical_by_construction(algorithms)
+    if same is not None:
+        left = ", ".join(same.to) or "no method"
+        console.print(
+            f"identical by construction to the run with {left}: {same.reason}", soft_wrap=True, highlight=False
+        )

@@ -93,7 +93,8 @@ def instruction_mask(
 
     Never system text, role markers, separators, visual tokens or padding: labels are built from what a token
     is, not by unmasking everything. Words that precede the last picture of their turn cannot see it and stay
-    out. Independent questions about one picture (``branch_ids`` > 0) are each a first turn.
+    out. Punctuation alone is no instruction: documents in which no user turn has a sentence give nothing. Independent
+    questions about one picture (``branch_ids`` > 0) are each a first turn.
 
     Args:
         templates: (K,) int64 sentence ids. A token that straddles two sentences stays out when K > 0.
@@ -114,10 +115,16 @@ def instruction_mask(
     visual = image_ids >= 0
     document = document_ids.long().clamp(min=0)
     documents = int(document.max()) + 1 if document.numel() else 1
+
+    def having(tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of documents in which there is one of these."""
+        found = torch.zeros(roles.shape[0], documents, dtype=torch.bool)
+        found = found.scatter_reduce(1, document, tokens & (document_ids >= 0), "amax", include_self=True)
+        return found.gather(1, document)
+
+    learnt &= having((roles == Role.INSTRUCTION) & (sentence_ids != 0))
     if not on_text_only:
-        shows = torch.zeros(roles.shape[0], documents, dtype=torch.bool)
-        shows = shows.scatter_reduce(1, document, visual & (document_ids >= 0), "amax", include_self=True)
-        learnt &= shows.gather(1, document)
+        learnt &= having(visual)
     # Last picture of each (document, turn): words before it are predicted without having seen it.
     exchanges = int(turn_ids.max()) + 2 if turn_ids.numel() else 1
     group = document * exchanges + turn_ids.long() + 1
