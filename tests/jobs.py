@@ -137,6 +137,7 @@ def train(
     size: int = 16,
     bidirectional: bool = False,
     algorithms: list[tuple[str, dict]] = (),
+    callbacks: list[tuple[str, dict]] = (),
     trainable: dict[str, bool] | None = None,
     accumulate_on_tokens: bool = False,
     precision: str = "fp32",
@@ -148,7 +149,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a tiny model for some steps; the same function in one process and on ranks.
 
-    ``algorithms``: (``module:class``, keyword arguments). ``autocast``: to bfloat16, as a run does where Composer
+    ``algorithms``, ``callbacks``: (``module:class``, keyword arguments). ``autocast``: to bfloat16, as a run does where Composer
     refuses ``amp_bf16``. Returns losses, gradients, weights.
     """
     world, rank = dist.get_world_size(), dist.get_global_rank()
@@ -174,7 +175,7 @@ def train(
         train_dataloader=vlm_data_spec(loader),
         optimizers=optimizer,
         algorithms=[_make(name, kwargs) for name, kwargs in algorithms],
-        callbacks=[record],
+        callbacks=[record, *(_make(name, kwargs) for name, kwargs in callbacks)],
         loggers=[logged],
         max_duration=f"{steps}ba",
         device="cpu",
