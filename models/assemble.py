@@ -11,39 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedModel,
-)
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from . import towers as towers  # registers TokenTower, so that folders with one load
+from .components import grid_side
+from .components import load_vision_tower as load_vision_tower  # where it was before
 from .errors import UserError
-
-
-def load_vision_tower(source: str, **kwargs: Any) -> PreTrainedModel:
-    """A vision tower by name or folder: a transformers vision model, or the vision half of a CLIP or SigLIP.
-
-    For timm networks see :meth:`opsin.models.towers.TokenTower.from_timm`.
-
-    Args:
-        source: hub name or folder with weights.
-        kwargs: passed to ``from_pretrained`` (``dtype``, ``revision`` ...).
-
-    Raises:
-        UserError: nothing is there, or it is no vision model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source)
-        config = getattr(config, "vision_config", config)
-        _grid_side(config, source)
-        return AutoModel.from_pretrained(source, config=config, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a vision tower from '{source}': {error}") from error
+from .towers import TokenTower
 
 
 def llava_from_parts(
@@ -77,9 +51,9 @@ def llava_from_parts(
     text_config = language_model.config
     if not 0 <= image_token_id < text_config.vocab_size:
         raise UserError(f"image token {image_token_id} is outside the vocabulary of {text_config.vocab_size}")
-    side = _grid_side(vision_tower.config, type(vision_tower).__name__)
+    side = grid_side(vision_tower.config, type(vision_tower).__name__)
     if vision_feature_layer is None:
-        vision_feature_layer = -1 if isinstance(vision_tower, towers.TokenTower) else -2
+        vision_feature_layer = -1 if isinstance(vision_tower, TokenTower) else -2
     config = LlavaConfig(
         vision_config=vision_tower.config,
         text_config=text_config,
@@ -113,6 +87,7 @@ def llava_processor(
     image_mean: Sequence[float],
     image_std: Sequence[float],
     chat_template: str | None = None,
+    pad: bool = False,
 ) -> LlavaProcessor:
     """The processor of a model from :func:`llava_from_parts`: pictures are resized to a square, not cropped.
 
@@ -121,13 +96,16 @@ def llava_processor(
         tokenizer: the language model's.
         image_mean, image_std: per channel, for pixels in 0..1, as the tower was trained.
         chat_template: for messages with pictures; default: the tokenizer's.
+        pad: first pad a picture to a square with the mean colour (LLaVA's ``image_aspect_ratio: pad``), so that
+            nothing is stretched.
     """
     config = model.config
     vision = config.vision_config
     square = {"height": vision.image_size, "width": vision.image_size}
     # transformers 4 keeps the tensor version, which is the only one in 5, under another name.
+    kind = "LlavaImageProcessor" if pad else "CLIPImageProcessor"
     before_5 = int(transformers.__version__.split(".")[0]) < 5
-    image_processor = getattr(transformers, "CLIPImageProcessorFast" if before_5 else "CLIPImageProcessor")
+    image_processor = getattr(transformers, f"{kind}Fast" if before_5 else kind)
     prefix = config.vision_feature_select_strategy == "default"
     return LlavaProcessor(
         image_processor=image_processor(
@@ -137,6 +115,7 @@ def llava_processor(
             crop_size=square,  # LlavaProcessor counts a picture's tokens by it
             image_mean=list(image_mean),
             image_std=list(image_std),
+            **({"do_pad": True} if pad else {}),
         ),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
@@ -145,15 +124,6 @@ def llava_processor(
         image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
         chat_template=chat_template or tokenizer.chat_template,
     )
-
-
-def _grid_side(config: Any, name: str) -> int:
-    sizes = [getattr(config, key, None) for key in ("image_size", "patch_size", "hidden_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UserError(
-            f"{name} is no LLaVA vision tower: its config needs image_size, patch_size, hidden_size"
-        )
-    return config.image_size // config.patch_size
 
 
 def _prefix_tokens(tower: Any) -> int:
@@ -167,7 +137,7 @@ def _prefix_tokens(tower: Any) -> int:
         copy = type(tower)(config).eval()
         pixels = torch.zeros(1, 3, config.image_size, config.image_size, dtype=copy.dtype)
         tokens = copy(pixels, output_hidden_states=True).hidden_states[-1].shape[1]
-    patches = _grid_side(config, type(tower).__name__) ** 2
+    patches = grid_side(config, type(tower).__name__) ** 2
     if tokens - patches not in (0, 1):
         raise UserError(
             f"{type(tower).__name__} gives {tokens} tokens for {patches} patches; LLaVA drops at most one"

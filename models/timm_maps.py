@@ -80,7 +80,10 @@ def _load(net: Any, architecture: str, path: Path) -> None:
 
     if not path.is_file():
         raise UserError(f"{architecture}: no weights file '{path}'")
-    stored = load_state_dict(str(path), weights_only=True)
+    # Transformers' wrapper around timm saves under a prefix.
+    stored = {
+        k.removeprefix("timm_model."): v for k, v in load_state_dict(str(path), weights_only=True).items()
+    }
     missing = [name for name in net.state_dict() if name not in stored]
     if missing:
         raise UserError(f"{architecture}: '{path}' has no '{missing[0]}' ({len(missing)} are missing)")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 
+from ..models.errors import UserError
 from ..models.export import load_model
 from ..models.shipped import load_part
 from ..models.vlm import VisionLanguageModel
@@ -35,6 +37,55 @@ def hf_vlm(
             dtype=dtype,
             weights=not meta,
         )
+
+
+def llava_from_parts(
+    language_model: str,
+    vision_tower: str | dict[str, Any],
+    mm_projector: str | dict[str, Any] = "mlp2x_gelu",
+    mm_vision_select_layer: int | None = None,
+    image_token: str = "<image>",
+    image_aspect_ratio: str = "square",
+    bidirectional_images: bool = False,
+    attn_implementation: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    meta: bool = False,
+) -> VisionLanguageModel:
+    """An ordinary LLaVA from a vision tower, a language model and a new projector: where stage 1 begins.
+
+    Args:
+        language_model: folder or hub name of a causal language model, with its tokenizer.
+        vision_tower: folder or hub name (CLIP, SigLIP, DINOv2 ..., whole or vision half; timm's), ``timm:NAME``, or
+            ``{name: ..., layer: -2, image_mean: ..., image_std: ..., weights: FILE}``.
+        mm_projector: ``mlp2x_gelu`` (or another activation), or ``{type: mlp2x_gelu, weights: FILE}``.
+        mm_vision_select_layer: hidden state of the tower that is read; None: the last but one.
+        image_token: added to the vocabulary where it is not in it.
+        image_aspect_ratio: ``square`` (stretched) or ``pad`` (padded to a square with the mean colour first).
+        bidirectional_images, attn_implementation, dtype: see :func:`hf_vlm`.
+        seed: of the projector.
+        meta: build on the meta device, without weights (set by ``--check``).
+    """
+    from ..models.from_parts import from_parts
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise UserError(f"model dtype '{dtype}': no dtype of torch; use float32 or bfloat16")
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        hf, processor = from_parts(
+            vision_tower,
+            language_model,
+            mm_projector,
+            layer=mm_vision_select_layer,
+            image_token=image_token,
+            image_aspect_ratio=image_aspect_ratio,
+            dtype=kind,
+            seed=seed,
+            weights=not meta,
+        )
+    if attn_implementation is not None:
+        hf.set_attn_implementation(attn_implementation)
+    return VisionLanguageModel(hf, processor, bidirectional_images=bidirectional_images)
 
 
 def scenes_llava(
