@@ -112,7 +112,9 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
         grad = parameter.grad
         if hasattr(grad, "full_tensor"):
             grad = grad.full_tensor()
-        found[name.removeprefix("module.").replace("._checkpoint_wrapped_module", "")] = grad.detach().clone()
+        found[name.removeprefix("module.").replace("._checkpoint_wrapped_module", "")] = (
+            grad.detach().cpu().clone()
+        )
     return found
 
 
@@ -121,7 +123,7 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        found[name.removeprefix("module.")] = value.detach().clone()
+        found[name.removeprefix("module.")] = value.detach().cpu().clone()
     return found
 
 
@@ -141,6 +143,7 @@ def train(
     trainable: dict[str, bool] | None = None,
     accumulate_on_tokens: bool = False,
     precision: str = "fp32",
+    device: Any = "cpu",
     lr: float = 1e-2,
     seed: int = 3,
     trainer: dict[str, Any] | None = None,
@@ -178,7 +181,7 @@ def train(
         callbacks=[record, *(_make(name, kwargs) for name, kwargs in callbacks)],
         loggers=[logged],
         max_duration=f"{steps}ba",
-        device="cpu",
+        device=device,
         precision=precision,
         device_train_microbatch_size=microbatch or device_batch,
         accumulate_train_batch_on_tokens=accumulate_on_tokens,
