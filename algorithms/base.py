@@ -15,6 +15,7 @@ from composer.core import Algorithm, Event, State, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 
+from ..models.compile import compile_head
 from ..models.errors import UserError
 from ..models.vlm import VisionLanguageModel
 
@@ -142,6 +143,7 @@ class VisionAlgorithm(Algorithm):
                     f"init_from.heads: new ({str(error).splitlines()[-1].strip()})"
                 ) from error
         head.to(reference.device)
+        compile_head(model, head)
         head._fsdp_wrap = True  # type: ignore[assignment]
         model.net.auxiliary[self.name] = head
         if state.optimizers:

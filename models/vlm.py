@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from .anatomy import Anatomy, Pictures
+from .compile import CompileSettings
 from .errors import UserError
 from .metrics import ExactMatch, TokenNLL
 from .net import VisionLanguageNet
@@ -35,6 +36,7 @@ class VisionLanguageModel(ComposerModel):
         head_options: optimizer options of heads that do not name their own (``lr``, ``weight_decay``).
         saved_heads: method -> tensors of its head in the run that this one starts from; taken over when the
             method attaches its head.
+        compile_settings: how blocks of heads are compiled when they are attached (``models.compile``); None: not.
 
     Example:
         >>> model = VisionLanguageModel(LlavaForConditionalGeneration.from_pretrained(path), processor)
@@ -47,6 +49,7 @@ class VisionLanguageModel(ComposerModel):
         self.processor = processor
         self.saved_heads: dict[str, dict[str, torch.Tensor]] = {}
         self.head_options: dict[str, Any] = {}
+        self.compile_settings: CompileSettings | None = None
         self._step: Step | None = None
 
     @property

@@ -22,6 +22,7 @@ from opsin.models.vlm import VisionLanguageModel
 from opsin.training import compat
 
 import zoo
+from prepared import prepare
 
 warnings.filterwarnings("ignore")
 compat.apply()
@@ -148,18 +149,22 @@ def train(
     seed: int = 3,
     trainer: dict[str, Any] | None = None,
     autocast: bool = False,
+    prepared: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a tiny model for some steps; the same function in one process and on ranks.
 
     ``algorithms``, ``callbacks``: (``module:class``, keyword arguments). ``autocast``: to bfloat16, as a run does where Composer
-    refuses ``amp_bf16``. Returns losses, gradients, weights.
+    refuses ``amp_bf16``. ``prepared``: keywords of ``prepared.prepare`` (adapters, compiled layers, checkpointing).
+    Returns losses, gradients, weights.
     """
     world, rank = dist.get_world_size(), dist.get_global_rank()
     built = zoo.build(family, seed=1, size=size)
     model = VisionLanguageModel(built.hf, built.processor, bidirectional_images=bidirectional)
     model.net.autocast_dtype = torch.bfloat16 if autocast else None
     set_trainable(model, trainable or {"vision_tower": False, "mm_projector": True, "language_model": True})
+    if prepared:
+        prepare(model, **prepared)
     device_batch = global_batch // world
     samples = mixed_samples(global_batch * steps) if samples is None else samples
     dataset = Samples(samples, device_batch, rank, world)
