@@ -14,9 +14,12 @@ from .. import __version__
 from ..models.errors import UserError, one_line, user_error_in
 from .checkpoint_app import checkpoint_app
 from .data_app import data_app
+from .study.commands import ablate, study_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(data_app, name="data")
+app.add_typer(study_app, name="study")
+app.command()(ablate)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 FUSE = typer.Option(

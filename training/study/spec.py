@@ -1,0 +1,204 @@
+"""What a study is: a base, what is added to it in each cell, the seeds, and what was to be measured before it began."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...models.errors import UserError, nearest
+from ..config import checked, merged
+from ..provenance import Provenance
+from ..run_folder import refuse_name
+
+ROLES = ("baseline", "factorial", "single", "control", "placebo", "positive")
+SUBSETS = ("singles", "pairs", "all")
+BASELINE = "baseline"
+
+
+@dataclass
+class EndpointConfig:
+    """One number of one suite: ``suite`` as the evaluation names it, ``measure`` as its scorer does."""
+
+    suite: str = ""
+    measure: str = ""
+
+
+@dataclass
+class CellConfig:
+    """One way to train.
+
+    ``methods``: those that are switched on (the base's own keywords are kept; all others of the study are off).
+    ``files``: YAMLs merged over the base. ``set``: ``key=value`` after them. ``role``: see :data:`ROLES`.
+    ``placebo_of``: the cell whose effect this one must not have. ``matched_to``: the cell that it is held against, in place of
+    the baseline. ``seeds``: fewer than the study's, from the first. ``tries``: settings tried on development seeds.
+    """
+
+    methods: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    set: list[str] = field(default_factory=list)
+    role: str = "single"
+    placebo_of: str | None = None
+    matched_to: str | None = None
+    seeds: int | None = None
+    tries: int = 1
+
+
+@dataclass
+class StudyConfig:
+    """A study's YAML.
+
+    ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
+    every subset is a cell. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
+    was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm).
+    """
+
+    name: str = "study"
+    question: str = ""
+    base: list[str] = field(default_factory=list)
+    set: list[str] = field(default_factory=list)
+    factorial: list[str] = field(default_factory=list)
+    cells: dict[str, CellConfig] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [17, 18, 19])
+    evaluation: list[str] = field(default_factory=list)
+    primary: EndpointConfig | None = None
+    secondary: list[EndpointConfig] = field(default_factory=list)
+    check: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the grid, without its seed: what ``opsin train`` is called with.
+
+    Attributes:
+        name: of the cell.
+        methods: switched on, in the order of their names.
+        files: YAMLs.
+        arguments: ``key=value``, toggles of all methods of the study among them.
+        role, placebo_of, matched_to, tries: see :class:`CellConfig`.
+        seeds: of its runs.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    files: tuple[str, ...]
+    arguments: tuple[str, ...]
+    role: str
+    seeds: tuple[int, ...]
+    placebo_of: str | None = None
+    matched_to: str | None = None
+    tries: int = 1
+
+
+def load_study(files: Sequence[str], arguments: Sequence[str] = ()) -> StudyConfig:
+    """Read a study's YAML.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a reference to a cell that is not there.
+    """
+    provenance = Provenance()
+    config = checked(StudyConfig, merged(files, arguments, provenance), provenance)
+    grid(config)  # says what does not fit together
+    return config
+
+
+def of_toggles(
+    base: Sequence[str],
+    arguments: Sequence[str],
+    toggles: Sequence[str],
+    *,
+    subsets: str,
+    seeds: Sequence[int],
+    overlays: Mapping[str, Sequence[str]],
+    evaluation: Sequence[str],
+    primary: EndpointConfig | None = None,
+    name: str = "ablation",
+) -> StudyConfig:
+    """The study that ``opsin ablate`` asks for.
+
+    Args:
+        base: YAMLs of the run.
+        arguments: ``key=value``.
+        toggles: methods.
+        subsets: ``singles``: each alone; ``pairs``: and each two; ``all``: every subset.
+        seeds: of the runs.
+        overlays: further cells: name -> YAMLs merged over the base.
+        evaluation: YAMLs of ``opsin eval``.
+        primary: the endpoint; None: the first suite's first measure.
+        name: of the study.
+    """
+    if subsets not in SUBSETS:
+        raise UserError(f"--subsets '{subsets}': unknown{nearest(subsets, SUBSETS)}")
+    if len(set(toggles)) < len(toggles):
+        raise UserError(f"--toggle: a method is named twice in {' '.join(toggles)}")
+    most = {"singles": 1, "pairs": 2, "all": len(toggles)}[subsets]
+    chosen = [c for size in range(1, most + 1) for c in itertools.combinations(sorted(toggles), size)]
+    cells = {"+".join(c): CellConfig(methods=list(c)) for c in chosen}
+    for label, files in overlays.items():
+        cells[label] = CellConfig(files=list(files), role="control")
+    complete = list(toggles) if subsets == "all" else []
+    config = StudyConfig(
+        name=name,
+        base=list(base),
+        set=list(arguments),
+        factorial=sorted(complete),
+        cells={} if complete and not overlays else cells,
+        seeds=list(seeds),
+        evaluation=list(evaluation),
+        primary=primary,
+    )
+    if complete:
+        config = replace(config, cells={k: v for k, v in cells.items() if not v.methods})
+    grid(config)
+    return config
+
+
+def grid(config: StudyConfig) -> list[Cell]:
+    """All cells, the baseline first.
+
+    Raises:
+        UserError: an empty study, a name twice, or a reference to a cell that is not there.
+    """
+    if not config.base:
+        raise UserError("study: base: needs at least one YAML of a run")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"study: seeds: {config.seeds}: needs at least one, each once")
+    given: dict[str, CellConfig] = {BASELINE: CellConfig(role="baseline")}
+    for size in range(1, len(config.factorial) + 1):
+        for chosen in itertools.combinations(sorted(config.factorial), size):
+            given["+".join(chosen)] = CellConfig(methods=list(chosen), role="factorial")
+    for name, cell in config.cells.items():
+        if name in given and name != BASELINE:
+            raise UserError(f"study: cells.{name}: is a cell of the factorial already")
+        given[name] = replace(cell, role="baseline") if name == BASELINE else cell
+    if len(given) < 2:
+        raise UserError("study: nothing is held against the baseline; give factorial: or cells:")
+    toggles = sorted({m for cell in given.values() for m in cell.methods})
+    return [_cell(config, name, cell, given, toggles) for name, cell in given.items()]
+
+
+def _cell(
+    config: StudyConfig, name: str, cell: CellConfig, given: Mapping[str, CellConfig], toggles: Sequence[str]
+) -> Cell:
+    refuse_name(name, "study: cells")
+    if cell.role not in ROLES:
+        raise UserError(f"study: cells.{name}.role: '{cell.role}': unknown{nearest(cell.role, ROLES)}")
+    for key in ("placebo_of", "matched_to"):
+        other = getattr(cell, key)
+        if other is not None and (other not in given or other == name):
+            raise UserError(f"study: cells.{name}.{key}: no other cell '{other}'{nearest(other, given)}")
+    if cell.seeds is not None and not 1 <= cell.seeds <= len(config.seeds):
+        raise UserError(f"study: cells.{name}.seeds: {cell.seeds}: the study has {len(config.seeds)}")
+    on = [f"algorithms.{m}={'true' if m in cell.methods else 'false'}" for m in toggles]
+    return Cell(
+        name=name,
+        methods=tuple(sorted(cell.methods)),
+        files=(*config.base, *cell.files),
+        arguments=(*config.set, *on, *cell.set),
+        role=cell.role,
+        seeds=tuple(config.seeds[: cell.seeds]),
+        placebo_of=cell.placebo_of,
+        matched_to=cell.matched_to,
+        tries=cell.tries,
+    )

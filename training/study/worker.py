@@ -1,0 +1,117 @@
+"""A process that trains and evaluates runs of a study, one after the other: imports are paid once, not once a run.
+
+It reads a JSON line a run from its input and answers with one on its output; what is printed meanwhile goes to its log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PEAK = "VmHWM:"
+
+
+def reset_peak() -> None:
+    """Forget the largest resident size so far, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Largest resident size since :func:`reset_peak`, or largest allocation of the GPU; None: not known here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(PEAK)), None)
+
+
+def perform(task: dict[str, Any]) -> dict[str, Any]:
+    """Train one run, or find it trained; evaluate it; returns its cost.
+
+    Args:
+        task: ``files``, ``arguments`` (of ``opsin train``), ``evaluation`` (YAMLs of ``opsin eval``), ``folder`` for scores.
+    """
+    import torch
+    from rich.console import Console
+
+    from ..config import load
+    from ..evaluate import evaluate_model
+    from ..train import train
+
+    console = Console(file=sys.stderr, width=110)
+    reset_peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    run = train(load(task["files"], task["arguments"]), console)
+    peak = peak_bytes()
+    began = time.monotonic()
+    if task["evaluation"]:
+        folder = Path(task["folder"])
+        evaluate_model(str(run.path), task["evaluation"], [], folder, console)
+    spent = stage_costs(run.path)
+    return {"cost": {**spent, "peak_bytes": peak, "evaluation_seconds": round(time.monotonic() - began, 1)}}
+
+
+def stage_costs(run: Path) -> dict[str, Any]:
+    """Steps and seconds of a finished run's stages; one that was taken from another run counts with what it cost there."""
+    steps, seconds = 0, 0.0
+    for name in json.loads((run / "stages.json").read_text()):
+        done = json.loads((run / "stages" / name / "done.json").read_text())
+        while "steps" not in done and "taken_from" in done:
+            done = json.loads((Path(done["taken_from"]).parent / "done.json").read_text())
+        last = (int(done.get("steps", 0)), float(done.get("seconds", 0.0)))
+        steps, seconds = steps + last[0], seconds + last[1]
+    return {"steps": steps, "seconds": round(seconds, 1), "seconds_a_step": _median_step(run)}
+
+
+def _median_step(run: Path) -> float | None:
+    """Median seconds of a step of the last stage, from Composer's speed monitor; None: too few steps for its window."""
+    from statistics import median
+
+    from ..metrics_file import read_metrics
+
+    last = list(json.loads((run / "stages.json").read_text()))[-1]
+    rates = [
+        m.get("throughput/batches_per_sec") for m in read_metrics(run / "metrics.jsonl") if m["stage"] == last
+    ]
+    rates = [rate for rate in rates if rate]
+    return round(1 / median(rates), 5) if rates else None
+
+
+def serve() -> None:
+    """Answer tasks until the input ends; a run that fails is told, and the next one tried."""
+    from ...models.errors import UserError, one_line, user_error_in
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints must not come between the answers
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        try:
+            answer = {"status": "done", **perform(task)}
+        except Exception as error:
+            mended = error if isinstance(error, UserError) else user_error_in(error)
+            why = (
+                one_line(mended)
+                if mended is not None
+                else f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+            )
+            import traceback
+
+            traceback.print_exc()
+            answer = {"status": "failed", "why": why}
+        print(json.dumps({"name": task["name"], **answer}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
