@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from .adapters import merged
 from .errors import UserError
 from .portable import make_portable, portable_names
 from .vlm import VisionLanguageModel
@@ -68,7 +69,8 @@ def export_model(
     partial.mkdir(parents=True)
     attention = "bidirectional" if model.net.bidirectional_images else "causal"
     hf.config.opsin = {**(notes or {}), "image_attention": attention}
-    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    # Adapters are merged: what is written knows nothing of them.
+    weights = merged({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     hf.save_pretrained(partial, state_dict=portable_names(weights, hf.config), safe_serialization=True)
     if model.processor is not None:
         if chat_template is not None:
@@ -131,7 +133,7 @@ def load_model(
                 {},
             )
         processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"cannot load a vision-language model from '{name}': {str(error).splitlines()[0]}"
         ) from error
@@ -162,7 +164,7 @@ def load_processor(source: str | Path) -> tuple[Any, Any]:
 
     try:
         return AutoProcessor.from_pretrained(str(source)), AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"cannot load a processor and its configuration from '{source}': {str(error).splitlines()[0]}"
         ) from error

@@ -199,6 +199,12 @@ def _toggle(into: dict[str, Any], name: str, value: Any) -> None:
         into[name] = {"enabled": True}
 
 
+INSTEAD = {
+    "compile_config": "Composer compiles the whole forward pass with it, the methods' hooks too; use compile: true",
+}
+"""Keys that Composer or llm-foundry have and a run has not -> what to write."""
+
+
 class _Checker:
     """Turns plain data into dataclasses, refusing what does not fit."""
 
@@ -213,6 +219,8 @@ class _Checker:
             self.fail(path, f"expected a mapping of keys, got {_shown(value)}")
         hints = get_type_hints(kind)
         for key in value:
+            if key in INSTEAD and key not in hints:
+                self.fail((*path, str(key)), f"not here: {INSTEAD[key]}")
             if key not in hints:
                 self.fail((*path, str(key)), f"unknown key{nearest(str(key), hints)}")
         made = {key: self.value(hints[key], item, (*path, key)) for key, item in value.items()}

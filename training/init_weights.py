@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..models.adapters import merged
 from ..models.errors import UserError
 from ..models.export import split_heads
 from ..models.vlm import VisionLanguageModel
@@ -22,7 +23,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors of a checkpoint, whole, by Composer's names; no code of the file is run.
+    """The model's tensors of a checkpoint, whole, adapters merged, by Composer's names; no code of the file is run.
 
     Args:
         path: ``….pt`` (DDP, one process), or a folder with ``.metadata`` (FSDP2).
@@ -35,7 +36,7 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
         state: dict[str, Any] = body["state"]["model"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: no checkpoint of Composer (it holds no state.model)") from error
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return merged({name.removeprefix("module."): value for name, value in state.items()})
 
 
 def load_weights(model: VisionLanguageModel, path: Path, heads: str, console: Console) -> None:

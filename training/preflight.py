@@ -15,6 +15,7 @@ from ..algorithms.compose import identical_by_construction
 from ..data.collate import VLMCollator
 from ..data.encode import Status
 from ..data.schema import IGNORE_INDEX, Role
+from ..models.adapters import count_adapters
 from ..models.errors import UserError
 from ..models.parts import count_parameters
 from ..models.vlm import VisionLanguageModel
@@ -158,7 +159,16 @@ def print_report(console: Console, stage: str, model: VisionLanguageModel, repor
 
 
 def print_methods(console: Console, model: VisionLanguageModel, algorithms: Mapping[str, Any]) -> None:
-    """What the methods that are on made of their arguments (``VisionAlgorithm.about``), after INIT."""
+    """How the language model is trained, if by adapters, and what the methods that are on made of their arguments
+    (``VisionAlgorithm.about``), after INIT."""
+    adapters = count_adapters(model)
+    if adapters is not None:
+        console.print(
+            f"adapters: {adapters.parameters:,} parameters on {adapters.layers} linear layers, "
+            f"{adapters.parameters / adapters.base:.2%} of the language model's {adapters.base:,}; merged on export",
+            soft_wrap=True,
+            highlight=False,
+        )
     for name, algorithm in algorithms.items():
         if isinstance(algorithm, VisionAlgorithm) and not algorithm.is_off():
             said = algorithm.about(model)
@@ -168,5 +178,7 @@ def print_methods(console: Console, model: VisionLanguageModel, algorithms: Mapp
     if same is not None:
         left = ", ".join(same.to) or "no method"
         console.print(
-            f"identical by construction to the run with {left}: {same.reason}", soft_wrap=True, highlight=False
+            f"identical by construction to the run with {left}: {same.reason}",
+            soft_wrap=True,
+            highlight=False,
         )

@@ -103,7 +103,11 @@ class TrainableConfig:
 
 @dataclass
 class StageConfig:
-    """What a stage may set."""
+    """What a stage may set.
+
+    ``peft_config``: train the language model by adapters (``models.adapters.LoraSettings``). ``compile``: true, or keywords
+    of ``torch.compile`` (``models.compile.CompileSettings``).
+    """
 
     train_loader: LoaderConfig = field(default_factory=LoaderConfig)
     eval_loaders: list[EvalLoaderConfig] = field(default_factory=list)
@@ -120,6 +124,8 @@ class StageConfig:
     lr_by_part: dict[str, float] = field(default_factory=dict)
     scheduler: Spec = field(default_factory=lambda: {"name": "cosine_with_warmup", "t_warmup": "0.03dur"})
     activation_checkpointing: bool = False
+    peft_config: Spec | None = None
+    compile: Any = False
     init_from: InitFrom | None = None
 
 

@@ -18,7 +18,11 @@ from rich.console import Console
 
 from ..algorithms.base import VisionAlgorithm
 from ..data.collate import VLMCollator
+from ..data.schema import stable_hash
 from ..data.streaming import StreamingVLMDataset
+from ..models.adapters import LoraSettings, add_adapters
+from ..models.checkpointing import checkpoint_layers
+from ..models.compile import CompileSettings, compile_model
 from ..models.errors import UserError, nearest
 from ..models.export import export_model, load_model
 from ..models.parts import parameter_groups, set_trainable
@@ -81,10 +85,12 @@ def build_model(
         if stage.start.heads != "keep":
             model.saved_heads = {}
     set_trainable(model, asdict(stage.config.trainable))
+    adapters, compiled = ways_of_training(loaded, stage)
+    if adapters is not None:
+        add_adapters(model, adapters, stable_hash("adapters", loaded.run.seed))
     if stage.config.activation_checkpointing:
-        # Reentrant checkpointing fires layer hooks twice and would replace taps during backward.
-        decoder: Any = model.anatomy.decoder(model.hf)
-        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
+    compile_model(model, compiled)
     return model
 
 
@@ -95,6 +101,26 @@ def _takes_meta(loaded: Loaded) -> bool:
         return False
     return (
         "meta" in inspect.signature(model_registry.get(str(name), loaded.where("model", "name"))).parameters
+    )
+
+
+def ways_of_training(loaded: Loaded, stage: Stage) -> tuple[LoraSettings | None, CompileSettings | None]:
+    """``peft_config`` and ``compile`` of a stage, checked; None each where it has none.
+
+    Raises:
+        UserError: an unknown key or a value that cannot be, with its place.
+    """
+    config = stage.config
+    adapters = config.peft_config
+    if adapters is not None and not config.trainable.language_model:
+        raise UserError(
+            f"{stage.where(loaded, 'peft_config')}: adapters are the language model's, and trainable.language_model: false "
+            "freezes it; leave one of them out"
+        )
+    where = lambda section: lambda *key: stage.where(loaded, section, *key)  # noqa: E731
+    return (
+        None if adapters is None else LoraSettings.of(adapters, where("peft_config")),
+        CompileSettings.of(config.compile, where("compile")),
     )
 
 
