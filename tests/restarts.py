@@ -22,6 +22,7 @@ LOSSES = ("loss/train/total", "loss/train/lm", "loss/train/ross", "loss/train/ja
 
 SAMPLES = 61
 """Captions and text-only instructions: 8 batches of 8 an epoch, of which the last has 3 fillers."""
+MIXTURE = {"weights": {"captions": 37, "text": SAMPLES - 37}, "batches": "mixed"}
 STEPS = 10
 """Into the second epoch; a checkpoint every second step, and all are kept."""
 
@@ -73,7 +74,7 @@ def four(streams: dict[str, str], name: str = "four", **more: Any) -> dict[str, 
             "ross": {"target": "pixels", "width": 32, "depth": 1, "draws": 1, "stages": ["instruct"]},
             "l2t": {"lambda_instruction": 0.5, "on_text_only": True},
             "jarvis": {"target": {"name": "tower", "path": "scenes"}, "weight": 0.5, "stages": ["instruct"]},
-            "vift": {"mixture": {"batches": "mixed"}, "log_interval": 1},
+            "vift": {"mixture": MIXTURE, "log_interval": 1},
         },
         "callbacks": {"served": {}},
         "train_loader": {"num_workers": 0, "dataset": dataset},

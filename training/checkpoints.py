@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from torch.distributed.checkpoint.api import CheckpointException
 
-from ..models.errors import UserError
+from ..models.errors import UserError, user_error_in
 from . import compat
 
 WHOLE, SHARDED = "whole", "sharded"
@@ -104,7 +105,7 @@ def read(path: str | Path) -> dict[str, Any]:
             return read(whole)
     try:
         body = compat.load_file(path)
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(body, dict):
         raise UserError(f"{path}: no checkpoint of Composer")
@@ -156,16 +157,15 @@ def in_form(path: str, sharded: bool, store: Any = None) -> Iterator[tuple[str, 
         yield path, store
         return
     folder = result = None
-    if dist.get_local_rank() == 0:
-        try:
-            folder = tempfile.mkdtemp(prefix=".opsin-converted-", dir=None if store else _writable(place))
-            result = _converted(place, store, Path(folder))
-        except (UserError, OSError) as error:
-            result = (
-                error if isinstance(error, UserError) else UserError(f"{path}: cannot be converted: {error}")
-            )
     try:
-        results = dist.all_gather_object(result)
+        if dist.get_local_rank() == 0:
+            try:
+                folder = tempfile.mkdtemp(prefix=".opsin-converted-", dir=None if store else _writable(place))
+                result = _converted(place, store, Path(folder))
+            except (Exception, CheckpointException) as error:  # that one is no Exception
+                line = str(error).splitlines()[0] if str(error) else type(error).__name__
+                result = user_error_in(error) or UserError(f"{path}: cannot be converted: {line}")
+        results = dist.all_gather_object(result)  # else the other ranks would wait for this one
         for error in results:
             if isinstance(error, UserError):
                 raise error
