@@ -32,21 +32,23 @@ class Shape:
 
     Attributes:
         rows, length: samples a step, and tokens of each.
+        burst: steps that are timed in one go.
         dtype: of the weights.
         note: for the table.
     """
 
     rows: int
     length: int
+    burst: int
     dtype: torch.dtype = torch.float32
     note: str = ""
 
 
 SHAPES = {
-    "toy": Shape(2, 160, note="a LLaVA of a million parameters, to rehearse"),
-    "smollm2-135m": Shape(16, 768, note="SmolLM2-135M behind a small tower, 256 patches"),
-    "0.5b": Shape(8, 1024, note="Qwen2-0.5B behind CLIP-L/14-336, 576 patches"),
-    "7b": Shape(4, 1024, torch.bfloat16, "Vicuna-7B behind CLIP-L/14-336, 576 patches; weights in bf16"),
+    "toy": Shape(2, 160, 2, note="a LLaVA of a million parameters, to rehearse"),
+    "smollm2-135m": Shape(16, 768, 6, note="SmolLM2-135M behind a small tower, 256 patches"),
+    "0.5b": Shape(8, 1024, 4, note="Qwen2-0.5B behind CLIP-L/14-336, 576 patches"),
+    "7b": Shape(4, 1024, 2, torch.bfloat16, "Vicuna-7B behind CLIP-L/14-336, 576 patches; weights in bf16"),
 }
 
 
@@ -86,7 +88,7 @@ def build_shape(name: str, device: str) -> Built:
             hf = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    return Built(name, hf.train(), llava_processor(tokenizer, 336, 14), burst=2)
+    return Built(name, hf.train(), llava_processor(tokenizer, 336, 14), burst=SHAPES[name].burst)
 
 
 def prompt_batch(

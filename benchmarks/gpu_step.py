@@ -142,7 +142,7 @@ def measured(name: str, device: str, attention: str, rounds: int, seconds: float
     """All variants of a shape."""
     begun = time.perf_counter()
     bench = Bench(name, device, attention)
-    burst = bench.built.burst
+    burst = bench.shape.burst
     variants = {
         n: bench.variant(n, algorithms, both, burst)
         for n, (algorithms, both) in methods(bench.prompt).items()

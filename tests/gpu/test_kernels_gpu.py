@@ -41,6 +41,20 @@ class OnDevice(Bench):
     def parts(self, batch: dict[str, Any], size: int | None = None) -> list[dict[str, Any]]:
         return [to_device(part, torch.device(self.device)) for part in super().parts(batch, size)]
 
+    def both(self, batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """The method's loss and that of the words in one step, and gradients of their sum by name of parameter."""
+        self.model.train().zero_grad()
+        (part,) = self.parts(batch)
+        self.state.batch, self.state.loss = part, {}
+        self._tell("before_forward")
+        losses = self.model.loss(self.model(part), part)
+        self._tell("after_loss")
+        losses |= self.state.loss
+        sum(losses.values()).backward()  # type: ignore[union-attr]
+        self.model.end_step()
+        found = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+        return {k: float(v) for k, v in losses.items()}, found
+
 
 @pytest.fixture
 def wide_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +78,9 @@ def test_flex_attention_is_sdpa_forward_and_backward(wide_heads: None, cuda: str
     for implementation in ("sdpa", "flex_attention"):
         bench = OnDevice(_jarvis(text_loss), size=32, bidirectional=True).on(cuda, implementation)
         batch = bench.batch(PACKED, packing=True)
-        results[implementation] = bench.step(batch)
+        results[implementation] = bench.both(batch)
     (flex, moved), (dense, expected) = results["flex_attention"], results["sdpa"]
-    assert flex == pytest.approx(dense, rel=1e-3, abs=1e-4)
+    assert set(flex) == {"lm", "jarvis"} and flex == pytest.approx(dense, rel=1e-3, abs=1e-4)
     assert set(moved) == set(expected)
     scale = max(float(g.abs().max()) for g in expected.values())
     assert max(float((moved[n] - expected[n]).abs().max()) for n in expected) < 2e-3 * scale
@@ -142,7 +156,7 @@ def test_launches_of_masks_grow_with_nothing(cuda: str, launches: ModuleType, te
         for name, (kernels, operations) in found.items():
             assert operations == first[name][1], (size, name)
             # A library may cut one large sort or scan into a few kernels.
-            assert abs(kernels - first[name][0]) <= 4, (size, name, kernels, first[name][0])
+            assert abs(kernels - first[name][0]) <= 6, (size, name, kernels, first[name][0])
 
 
 # Memory

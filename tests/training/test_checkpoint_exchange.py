@@ -230,14 +230,18 @@ def test_conversion_runs_no_code_of_a_checkpoint(tmp_path: Path, form: str) -> N
 # Object stores
 
 
-def test_checkpoints_in_an_object_store_are_loaded_in_either_form(
-    s3: Path, one: Path, tmp_path: Path
-) -> None:
-    """A run whose ``save_folder`` is a URL, begun under FSDP2, goes on in one process (stock Composer begins anew)."""
+@pytest.fixture
+def stored(s3: Path, one: Path) -> Path:
+    """A sharded checkpoint and a whole one of batch 8 in a bucket, and Composer's link to the first."""
     place = s3 / "data" / "checkpoints" / "instruct"
-    convert(saved(one, 8), place / "ep1-ba8")
-    shutil.copy(saved(one, 8), place / "whole.pt")
-    (place / f"{LATEST}.symlink").write_text("checkpoints/instruct/ep1-ba8")
+    if not place.is_dir():
+        convert(saved(one, 8), place / "ep1-ba8")
+        shutil.copy(saved(one, 8), place / "whole.pt")
+        (place / f"{LATEST}.symlink").write_text("checkpoints/instruct/ep1-ba8")
+    return place
+
+
+def test_checkpoints_in_an_object_store_are_loaded_in_either_form(stored: Path, one: Path) -> None:
     store = maybe_create_object_store_from_uri("s3://data/checkpoints")
     assert store is not None
     for name, sharded in (("ep1-ba8", False), ("whole.pt", True), (f"{LATEST}.symlink", False)):
@@ -248,6 +252,17 @@ def test_checkpoints_in_an_object_store_are_loaded_in_either_form(
         assert not Path(path).exists()
     with in_form("checkpoints/instruct/whole.pt", False, store) as given:
         assert given == ("checkpoints/instruct/whole.pt", store)
+    assert before_resuming("s3://data/checkpoints/instruct", sharded=True) is None
+    found = before_resuming("s3://data/checkpoints/instruct", sharded=False)
+    assert found == "s3://data/checkpoints/instruct/ep1-ba8"
+    assert before_resuming("s3://data/checkpoints/align", sharded=False) is None
+
+
+@pytest.mark.slow  # Composer uploads with patience
+def test_a_sharded_run_in_an_object_store_goes_on_in_one_process(
+    stored: Path, one: Path, tmp_path: Path
+) -> None:
+    """Stock Composer passes over what FSDP2 has written there, and begins anew."""
     run = Path(restarts.run([restarts.config(tmp_path, save_folder="s3://data/checkpoints")]))
     restarts.same(told(run), told(one)[8:], 1e-6)
     assert list(served(run)) == [8, 9]
