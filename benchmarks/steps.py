@@ -117,6 +117,7 @@ def composer_trainer(
     burst: int,
     device: str,
     algorithms: list[Any] | None = None,
+    callbacks: list[Callback] | None = None,
 ) -> Variant:
     """A variant that runs an epoch of ``burst`` batches in ``composer.Trainer``."""
     compat.apply()
@@ -126,7 +127,7 @@ def composer_trainer(
         train_dataloader=vlm_data_spec(Repeated(batch, burst)),
         optimizers=optimizer,
         algorithms=algorithms or [],
-        callbacks=[clock],
+        callbacks=[clock, *(callbacks or [])],
         max_duration="1ep",
         device="gpu" if device == "cuda" else "cpu",
         precision="fp32",
