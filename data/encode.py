@@ -283,4 +283,4 @@ class ConversationEncoder:
         piece = tokenise(self.tokenizer, self.images.image_token_id, segments)
         if int((piece.images == 0).sum()) != len(images):
             raise Rejected(Status.IMAGE_COUNT, "the text itself contains the model's image token")
-        return expand(piece, images)
+        return expand(piece, images, self.images.image_token_id)

@@ -108,8 +108,11 @@ def _character_span(text: str, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.where(empty, len(text), first), np.where(empty, len(text), np.maximum(end - 1, 0)), empty
 
 
-def expand(piece: Piece, images: Sequence[EncodedImage]) -> Piece:
-    """Replace each image token by its picture's tokens; there are as many as pictures."""
+def expand(piece: Piece, images: Sequence[EncodedImage], image_token_id: int) -> Piece:
+    """Replace each image token by its picture's tokens; there are as many as pictures.
+
+    What is no image token among them (names of tiles, line breaks between them) is a marker, which shows nothing.
+    """
     counts = np.ones(len(piece.ids), np.int64)
     where = np.flatnonzero(piece.images == 0)
     counts[where] = [len(i.token_ids) for i in images]
@@ -123,9 +126,10 @@ def expand(piece: Piece, images: Sequence[EncodedImage]) -> Piece:
     starts = (np.cumsum(counts) - counts)[where]
     for ordinal, (start, image) in enumerate(zip(starts, images, strict=True)):
         span = slice(start, start + len(image.token_ids))
+        visual = image.token_ids == image_token_id
         out.ids[span] = image.token_ids
-        out.roles[span] = Role.IMAGE
-        out.images[span] = ordinal
+        out.roles[span] = np.where(visual, Role.IMAGE, Role.MARKER)
+        out.images[span] = np.where(visual, ordinal, -1)
     out.starts = [int(s) for s in starts]
     return out
 

@@ -32,7 +32,7 @@ CAPABILITIES = {
 }
 """What a family may refuse (``Anatomy.refuses``), and what each means."""
 
-_FAMILY_MODULES = ("llava", "llava_next", "qwen2_vl")
+_FAMILY_MODULES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "idefics3", "internvl")
 _FAMILIES: dict[str, tuple[Callable[[Any], Anatomy], type[ImageEncoder]]] = {}
 
 
@@ -109,7 +109,9 @@ class Anatomy:
         """Tower and projector on some pixels: (tokens, width), images one after the other."""
         out = hf.get_submodule(self.body).get_image_features(**pixels)  # type: ignore[operator]
         features = getattr(out, "pooler_output", out)
-        return features if isinstance(features, torch.Tensor) else torch.cat(list(features), dim=0)
+        if not isinstance(features, torch.Tensor):
+            features = torch.cat(list(features), dim=0)
+        return features.flatten(0, -2)
 
 
 def register_family(

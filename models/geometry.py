@@ -53,7 +53,8 @@ class EncodedImage:
     """One picture, ready for the model.
 
     Attributes:
-        token_ids: (n,) int64, what replaces the single image token of the tokenised text.
+        token_ids: (n,) int64, what replaces the single image token of the tokenised text: as many image tokens
+            as the model makes features, and what stands between them.
         views: the grids among those tokens.
         pixels: the family's own tensors for this picture; ``pixel_values`` has ``pixel_rows`` rows, every
             other key one row.
@@ -110,7 +111,11 @@ _DECIDES = {
     "do_rescale": ("rescale_factor",),
 }
 """Switch of an image processor -> what it makes use of."""
-_GRID = ("image_grid_pinpoints", "patch_size", "merge_size", "temporal_patch_size")
+_GRID = (
+    "image_grid_pinpoints", "patch_size", "merge_size", "temporal_patch_size", "do_image_splitting", "max_image_size",
+    "crop_to_patches", "min_patches", "max_patches",
+)  # fmt: skip
+_MERGES = ("scale_factor", "downsample_ratio", "mm_tokens_per_image", "vision_aspect_ratio")
 
 
 def geometry_id(images: ImageEncoder) -> str:
@@ -132,6 +137,7 @@ def geometry_id(images: ImageEncoder) -> str:
     found.update({name: _text(getattr(pictures, name, None)) for name in _GRID})
     found["tower"] = _text([getattr(vision, name, None) for name in ("image_size", "patch_size")])
     found["merge"] = _text(getattr(vision, "spatial_merge_size", None))
+    found.update({name: _text(getattr(config, name, None)) for name in _MERGES})
     found["patch"] = _text(getattr(processor, "patch_size", None))
     return "; ".join([config.model_type, *(f"{k}={v}" for k, v in sorted(found.items()) if v)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    GotOcr2ImageProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -21,19 +31,41 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from opsin.data.schema import pack_images
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
+"""One of each kind of geometry: what most tests run with."""
+
+EVERY_FAMILY = (*FAMILIES, "llava_onevision", "idefics3", "smolvlm", "internvl", "qwen2_vl")
+"""All that are registered: what the contract of families is tested with."""
 
 SPECIALS = [
     "<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<video>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+    "<img>", "</img>", "<IMG_CONTEXT>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
 ]  # fmt: skip
 
 CORPUS = [
@@ -45,8 +77,8 @@ CORPUS = [
 
 
 @lru_cache(1)
-def tokenizer() -> Any:
-    """Byte-level BPE of about 400 entries, with every special token of the three families."""
+def _raw() -> Tokenizer:
+    """Byte-level BPE of about 450 entries, with every special token of all families."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -58,9 +90,23 @@ def tokenizer() -> Any:
     )
     raw.train_from_iterator(CORPUS, trainer)
     raw.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    return raw
+
+
+def named_tokenizer(**tokens: str) -> Any:
+    """The tokenizer with named tokens (``image_token`` ...), as those of some families have."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(_raw()), pad_token="<pad>", eos_token="</s>", bos_token="<s>",
+        **({"extra_special_tokens": tokens} if tokens else {}),
+    )  # fmt: skip
     fast.model_input_names = ["input_ids", "attention_mask"]
     return fast
+
+
+@lru_cache(1)
+def tokenizer() -> Any:
+    """The tokenizer without named tokens."""
+    return named_tokenizer()
 
 
 def _id(token: str) -> int:
@@ -157,23 +203,155 @@ def llava_next(size: int = 16) -> Built:
     )
 
 
-class _QwenProcessor:
-    """What Opsin reads of Qwen2_5_VLProcessor; the real class insists on a video processor with more packages."""
+class Parts:
+    """What Opsin reads of a processor, where the real class insists on packages that are not installed."""
 
     def __init__(self, images: Any, text: Any):
         self.image_processor, self.tokenizer = images, text
 
 
+def _siglip(size: int, **extra: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": size,
+        "patch_size": 4,
+        **extra,
+    }
+
+
+def llava_onevision(size: int = 16) -> Built:
+    """LLaVA-OneVision: mosaics of 1x2, 2x1 and 2x2 tiles of 4x4 patches, the largest shrunk to 5x5 tokens."""
+    pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
+    hf = LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**_siglip(size), vision_use_head=False),
+            text_config=Qwen2Config(**_text()),
+            image_token_index=_id("<image>"),
+            video_token_index=_id("<video>"),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_2",
+            image_grid_pinpoints=pinpoints,
+        )
+    )
+    images = LlavaOnevisionImageProcessor(
+        size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
+    )
+    return Built(
+        hf,
+        LlavaOnevisionProcessor(
+            images,
+            tokenizer(),
+            LlavaOnevisionVideoProcessor(),
+            num_image_tokens=(size // 4) ** 2,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_2",
+        ),
+    )
+
+
+def _idefics3(size: int, kind: str) -> Built:
+    config, model, images, processor = {
+        "idefics3": (
+            Idefics3Config,
+            Idefics3ForConditionalGeneration,
+            Idefics3ImageProcessor,
+            Idefics3Processor,
+        ),
+        "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessor, SmolVLMProcessor),
+    }[kind]
+    hf = model(
+        config(
+            vision_config=_siglip(2 * size),
+            text_config=LlamaConfig(**_text()),
+            image_token_id=_id("<image>"),
+            scale_factor=2,
+            pad_token_id=_id("<pad>"),
+        )
+    )
+    made = images(size={"longest_edge": 4 * size}, max_image_size={"longest_edge": 2 * size})
+    video = (SmolVLMVideoProcessor(),) if kind == "smolvlm" else ()
+    try:
+        whole = processor(made, tokenizer(), *video, image_seq_len=(size // 4) ** 2)
+    except ImportError:  # SmolVLM's wants num2words
+        whole = Parts(made, tokenizer())
+    return Built(hf, whole)
+
+
+def idefics3(size: int = 16) -> Built:
+    """Idefics3: up to 2x2 tiles of 8x8 patches, merged 2x2, and the whole picture."""
+    return _idefics3(size, "idefics3")
+
+
+def smolvlm(size: int = 16) -> Built:
+    """SmolVLM: like Idefics3, with classes of its own."""
+    return _idefics3(size, "smolvlm")
+
+
+def internvl(size: int = 16) -> Built:
+    """InternVL: up to 4 tiles of 8x8 patches, merged 2x2, and a thumbnail."""
+    side = 2 * size
+    hf = InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config={**_siglip(side), "image_size": [side, side], "patch_size": [4, 4]},
+            text_config=Qwen2Config(**_text()),
+            image_token_id=_id("<IMG_CONTEXT>"),
+            image_seq_length=(size // 4) ** 2,
+        )
+    )
+    images = GotOcr2ImageProcessor(
+        size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    named = named_tokenizer(
+        start_image_token="<img>", end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>", video_token="<video>",
+    )  # fmt: skip
+    return Built(
+        hf, InternVLProcessor(images, named, InternVLVideoProcessor(), image_seq_length=(size // 4) ** 2)
+    )
+
+
+def _qwen_images(size: int) -> Any:
+    least, most = size * size, (5 * size // 2) ** 2
+    return Qwen2VLImageProcessor(
+        patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=least, max_pixels=most,
+        size={"shortest_edge": least, "longest_edge": most},
+    )  # fmt: skip
+
+
+def _qwen_text() -> dict[str, Any]:
+    rope = {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}
+    return {**_text(), "rope_scaling": rope, "rope_theta": 10000.0}
+
+
+def _qwen_tokens() -> dict[str, int]:
+    return {
+        "image_token_id": _id("<|image_pad|>"),
+        "video_token_id": _id("<|video_pad|>"),
+        "vision_start_token_id": _id("<|vision_start|>"),
+        "vision_end_token_id": _id("<|vision_end|>"),
+    }
+
+
+def qwen2_vl(size: int = 16) -> Built:
+    """Qwen2-VL: like Qwen2.5-VL, with full attention in every layer of the tower."""
+    vision = {
+        "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1,
+        "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    hf = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=_qwen_text(), vision_config=vision, **_qwen_tokens())
+    )
+    return Built(hf, Parts(_qwen_images(size), tokenizer()))
+
+
 def qwen2_5_vl(size: int = 16) -> Built:
     """Qwen2.5-VL: 4-pixel patches merged 2x2, native resolution (up to 2.5 x ``size`` squared), M-RoPE."""
-    from transformers import Qwen2VLImageProcessor
-
     config = Qwen2_5_VLConfig(
-        text_config={
-            **_text(),
-            "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]},
-            "rope_theta": 10000.0,
-        },
+        text_config=_qwen_text(),
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -186,18 +364,17 @@ def qwen2_5_vl(size: int = 16) -> Built:
             "window_size": 16,
             "fullatt_block_indexes": [1],
         },
-        image_token_id=_id("<|image_pad|>"),
-        video_token_id=_id("<|video_pad|>"),
-        vision_start_token_id=_id("<|vision_start|>"),
-        vision_end_token_id=_id("<|vision_end|>"),
+        **_qwen_tokens(),
     )
-    hf = Qwen2_5_VLForConditionalGeneration(config)
-    least, most = size * size, (5 * size // 2) ** 2
-    images = Qwen2VLImageProcessor(
-        patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=least, max_pixels=most,
-        size={"shortest_edge": least, "longest_edge": most},
-    )  # fmt: skip
-    return Built(hf, _QwenProcessor(images, tokenizer()))
+    return Built(Qwen2_5_VLForConditionalGeneration(config), Parts(_qwen_images(size), tokenizer()))
+
+
+_LOUD = ("multi_modal_projector", "connector")
+
+_MAKERS = {
+    f.__name__: f
+    for f in (llava, llava_next, qwen2_5_vl, llava_onevision, idefics3, smolvlm, internvl, qwen2_vl)
+}
 
 
 def build(family: str, seed: int = 0, size: int = 16) -> Built:
@@ -207,11 +384,11 @@ def build(family: str, seed: int = 0, size: int = 16) -> Built:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = {"llava": llava, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl}[family](size)
-        projector = getattr(built.hf.model, "multi_modal_projector", None)
-        if projector is not None:  # visual tokens as loud as words, so that tests see an effect in few steps
-            for layer in (projector.linear_1, projector.linear_2):
-                torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        built = _MAKERS[family](size)
+        # Visual tokens as loud as words, so that tests see an effect in few steps.
+        for name, weight in built.hf.named_parameters():
+            if any(part in name for part in _LOUD) and weight.ndim == 2:
+                torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")
         return built
 
 

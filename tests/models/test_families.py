@@ -66,7 +66,14 @@ def pixels_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+QWEN = ("qwen2_vl", "qwen2_5_vl")
+SPAN = {"qwen2_vl": 8, "qwen2_5_vl": 8, "idefics3": 8, "smolvlm": 8, "internvl": 8}
+"""Pixels along what one visual token shows, where patches are merged; else 4."""
+TILED = ("idefics3", "smolvlm", "internvl")
+"""Each tile is a view."""
+
+
+@pytest.mark.parametrize("family", [f for f in zoo.EVERY_FAMILY if f not in (*QWEN, "smolvlm")])
 @QUICK
 @given(sizes=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_pixels_and_tokens_are_those_of_the_stock_processor(
@@ -75,31 +82,63 @@ def test_pixels_and_tokens_are_those_of_the_stock_processor(
     sample = zoo.sample(seed, images=len(sizes))
     sample["images"] = pack_images([zoo.picture(seed + i, size) for i, size in enumerate(sizes)])
     pictures = [Image.open(io.BytesIO(zoo.picture(seed + i, s))).convert("RGB") for i, s in enumerate(sizes)]
-    stock = built(family).processor(
-        images=pictures, text=[rendered(family, sample)], return_tensors="pt", add_special_tokens=False
-    )
+    processor, encoder = built(family).processor, collator(family).encoder.images
+    # The stock processor writes wrapper tokens itself.
+    mark = encoder.processor.tokenizer.convert_ids_to_tokens(encoder.image_token_id)
+    stock = processor(
+        images=pictures, text=[rendered(family, sample).replace(encoder.placeholder, mark)],
+        return_tensors="pt", add_special_tokens=False,
+    )  # fmt: skip
     ours = collator(family)([sample])
     assert int(ours["sample_status"].sum()) == 0
     assert ours["input_ids"].tolist() == stock["input_ids"].tolist()
     for key, value in pixels_of(ours).items():
-        assert torch.equal(value, stock[key]), key
+        same = value.shape == stock[key].shape
+        # Idefics3 lays the tiles of a sample side by side, Opsin those of a batch one under the other.
+        assert same or (family in TILED and value.flatten(0, 1).shape == stock[key].flatten(0, 1).shape)
+        assert torch.equal(value.flatten(), stock[key].flatten()), key
 
 
 @QUICK
+@given(sizes=st.lists(SIZES, min_size=1, max_size=2), seed=st.integers(0, 99), cut=st.booleans())
+def test_smolvlms_pixels_and_tokens_are_those_of_its_image_processor_and_prompt(
+    sizes: list[tuple[int, int]], seed: int, cut: bool
+) -> None:
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    made = zoo.build("smolvlm")
+    made.processor.image_processor.do_image_splitting = cut
+    sample = zoo.sample(seed, images=len(sizes))
+    sample["images"] = pack_images([zoo.picture(seed + i, size) for i, size in enumerate(sizes)])
+    pictures = [Image.open(io.BytesIO(zoo.picture(seed + i, s))).convert("RGB") for i, s in enumerate(sizes)]
+    stock = made.processor.image_processor([pictures], return_tensors="pt", return_row_col_info=True)
+    ours = jobs.collator(made, pad_to_multiple_of=1)([sample])
+    assert torch.equal(ours[PIXEL_KEY].flatten(), stock[PIXEL_KEY].flatten())
+    before, *after = rendered("smolvlm", sample).split("<image>")
+    for rows, columns, words in zip(stock["rows"][0], stock["cols"][0], after, strict=True):
+        before += get_image_prompt_string(
+            rows, columns, 16, image_token="<image>",
+            fake_token_around_image="<fake_token_around_image>", global_image_token="<global-img>",
+        ) + words  # fmt: skip
+    assert ours["input_ids"][0].tolist() == zoo.tokenizer()(before, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("family", QWEN)
+@QUICK
 @given(sizes=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_qwens_pixels_and_tokens_are_those_of_its_image_processor(
-    sizes: list[tuple[int, int]], seed: int
+    family: str, sizes: list[tuple[int, int]], seed: int
 ) -> None:
     sample = zoo.sample(seed, images=len(sizes))
     sample["images"] = pack_images([zoo.picture(seed + i, size) for i, size in enumerate(sizes)])
     pictures = [Image.open(io.BytesIO(zoo.picture(seed + i, s))).convert("RGB") for i, s in enumerate(sizes)]
-    images = built("qwen2_5_vl").processor.image_processor
+    images = built(family).processor.image_processor
     stock = images(images=pictures, return_tensors="pt")
-    ours = collator("qwen2_5_vl")([sample])
+    ours = collator(family)([sample])
     for key, value in pixels_of(ours).items():
         assert torch.equal(value, stock[key]), key
     # One token for 2 x 2 patches, between vision-start and vision-end, as Qwen2_5_VLProcessor writes them.
-    text = rendered("qwen2_5_vl", sample)
+    text = rendered(family, sample)
     for thw in stock["image_grid_thw"].tolist():
         text = text.replace("<|image_pad|>", "<X>" * (thw[0] * thw[1] * thw[2] // 4), 1)
     ids = zoo.tokenizer()(text.replace("<X>", "<|image_pad|>"), add_special_tokens=False)["input_ids"]
@@ -107,7 +146,7 @@ def test_qwens_pixels_and_tokens_are_those_of_its_image_processor(
     assert text.count("<|vision_start|><X>") == text.count("<X><|vision_end|>") == len(sizes)
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
 def test_forward_gives_the_stock_models_numbers(family: str) -> None:
     samples = [zoo.sample(i, images=n, turns=t, size=s) for i, (n, t, s) in enumerate(
         [(1, 2, (20, 16)), (2, 1, (40, 18)), (0, 1, (9, 9)), (1, 3, (17, 50))]
@@ -137,7 +176,7 @@ def test_forward_gives_the_stock_models_numbers(family: str) -> None:
     assert torch.allclose(out["nll"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
 def test_a_text_only_batch_gives_the_stock_models_loss_and_runs_the_idle_tower(family: str) -> None:
     batch = collator(family)([zoo.sample(1, images=0), zoo.sample(2, images=0, turns=2)])
     (micro,) = split_batch(batch, None)
@@ -150,22 +189,19 @@ def test_a_text_only_batch_gives_the_stock_models_loss_and_runs_the_idle_tower(f
     assert torch.allclose(model(family).loss(out, micro)["lm"], stock.loss, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
 @QUICK
 @given(size=SIZES)
 def test_as_many_features_as_image_tokens(family: str, size: tuple[int, int]) -> None:
     encoded = encode(family, ramp(*size))
     with torch.no_grad():
         features = model(family).anatomy.image_features(built(family).hf, encoded.pixels)
-    assert len(features) == len(encoded.token_ids)
-    assert set(encoded.token_ids.tolist()) == {image_encoder_for(*_parts(family)).image_token_id}
+    visual = encoded.token_ids == collator(family).encoder.images.image_token_id
+    assert len(features) == int(visual.sum())
+    assert bool(visual.all()) or family in ("idefics3", "smolvlm")
 
 
-def _parts(family: str) -> tuple[Any, Any]:
-    return built(family).processor, built(family).hf.config
-
-
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
 @QUICK
 @given(sizes=st.lists(SIZES, min_size=1, max_size=2))
 def test_every_patch_has_one_token_and_newlines_have_none(family: str, sizes: list[tuple[int, int]]) -> None:
@@ -176,8 +212,10 @@ def test_every_patch_has_one_token_and_newlines_have_none(family: str, sizes: li
     assert len(positions.unique()) == len(positions) == int(part["view_grid"].prod(1).sum())
     roles = part["roles"].flatten()
     assert bool((roles[positions] == Role.IMAGE).all())
-    # What is no patch: one newline a row of the mosaic in LLaVA-NeXT, nothing elsewhere.
-    mosaics = part["view_grid"][1::2, 0].sum() if family == "llava_next" else 0
+    assert bool((part["image_ids"].flatten()[positions] >= 0).all())
+    assert bool(((part["image_ids"] >= 0) == (part["roles"] == Role.IMAGE)).all())
+    # What is no patch: one newline a row of the mosaic in LLaVA-NeXT and LLaVA-OneVision, nothing elsewhere.
+    mosaics = part["view_grid"][1::2, 0].sum() if family in ("llava_next", "llava_onevision") else 0
     assert int((roles == Role.IMAGE).sum()) - len(positions) == int(mosaics)
     for view, (rows, columns) in enumerate(part["view_grid"].tolist()):
         mine = part["patch_view"] == view
@@ -189,7 +227,7 @@ def test_every_patch_has_one_token_and_newlines_have_none(family: str, sizes: li
         ]
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
 @QUICK
 @given(size=SIZES)
 def test_grid_and_box_say_where_in_the_picture_a_patch_was(family: str, size: tuple[int, int]) -> None:
@@ -198,7 +236,7 @@ def test_grid_and_box_say_where_in_the_picture_a_patch_was(family: str, size: tu
     assert len(views) == len(encoded.views)
     for view, shown in zip(encoded.views, views, strict=True):
         (rows, columns), (left, top, right, bottom) = view.grid, view.box
-        patch = 8 if family == "qwen2_5_vl" else 4
+        patch = SPAN.get(family, 4)
         assert shown.shape == (3, rows * patch, columns * patch)
         assert 0 <= float(shown.min()) <= float(shown.max()) <= 1
         mean = shown.unflatten(2, (columns, patch)).unflatten(1, (rows, patch)).mean((2, 4))
@@ -242,35 +280,57 @@ def _most(difference: torch.Tensor, inside: torch.Tensor) -> float:
     return float(difference.abs()[inside].max()) if bool(inside.any()) else 0.0
 
 
-@pytest.mark.parametrize(("family", "size"), [("llava", (16, 16)), ("llava_next", (32, 24)), ("llava_next", (32, 32)), ("qwen2_5_vl", (32, 24))])  # fmt: skip
+EXACT = [
+    ("llava", (16, 16)), ("llava_next", (32, 24)), ("llava_next", (32, 32)), ("llava_onevision", (32, 16)),
+    ("qwen2_5_vl", (32, 24)), ("qwen2_vl", (32, 24)), ("internvl", (32, 32)), ("internvl", (64, 32)),
+    ("idefics3", (64, 64)), ("idefics3", (64, 32)), ("smolvlm", (32, 64)),
+]  # fmt: skip
+"""Pictures of sizes at which no pixel is resampled, but for thumbnails."""
+
+
+@pytest.mark.parametrize(("family", "size"), EXACT)
 def test_a_changed_patch_changes_the_token_at_its_row_and_column_alone(
     family: str, size: tuple[int, int]
 ) -> None:
     """With attention switched off in the tower, a feature depends on its own patch only."""
     fresh = zoo.build(family)
     for name, parameter in fresh.hf.named_parameters():
-        if ("out_proj" in name or "attn.proj" in name) and ("vision_tower" in name or "visual" in name):
+        attends = "out_proj" in name or "attn.proj" in name or "attention.projection_layer" in name
+        if attends and ("vision" in name or "visual" in name):
             torch.nn.init.zeros_(parameter)
     made = VisionLanguageModel(fresh.hf, fresh.processor).eval()
     encoder = image_encoder_for(fresh.processor, fresh.hf.config)
     grey = np.full((size[1], size[0], 3), 90, np.uint8)
-    patch = 8 if family == "qwen2_5_vl" else 4
+    patch = SPAN.get(family, 4)
     before = encoder.encode(Image.fromarray(grey))
-    view = before.views[-1]
-    assert view.grid == (size[1] // patch, size[0] // patch)
-    assert view.box == pytest.approx((0, 0, 1, 1))
+    visual = np.flatnonzero(before.token_ids == encoder.image_token_id)
+    # Views that show the picture pixel by pixel: its mosaic, or the tiles; the thumbnail shows everything.
+    exact = {
+        i: view
+        for i, view in enumerate(before.views)
+        if round((view.box[2] - view.box[0]) * size[0]) == view.grid[1] * patch
+        and round((view.box[3] - view.box[1]) * size[1]) == view.grid[0] * patch
+    }
+    assert sum(view.patches for view in exact.values()) == size[0] * size[1] // patch**2
+    owner = {}
+    for view in exact.values():
+        first = round(view.box[1] * size[1] / patch), round(view.box[0] * size[0] / patch)
+        for r in range(view.grid[0]):
+            for c in range(view.grid[1]):
+                owner[first[0] + r, first[1] + c] = view.start + r * view.stride + c
+    rows, columns = size[1] // patch, size[0] // patch
     with torch.no_grad():
         reference = made.anatomy.image_features(fresh.hf, before.pixels)
-        for row, column in {(0, 0), (1, 2), (view.grid[0] - 1, view.grid[1] - 1)}:
+        for row, column in {(0, 0), (1, 2), (rows // 2, columns // 2), (rows - 1, columns - 1)}:
             changed = grey.copy()
             changed[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = (250, 10, 40)
             after = made.anatomy.image_features(fresh.hf, encoder.encode(Image.fromarray(changed)).pixels)
             different = (after - reference).abs().amax(1) > 1e-6
-            tokens = [t for t in different.nonzero().flatten().tolist() if t >= view.start]
-            assert tokens == [view.start + row * view.stride + column]
+            tokens = visual[different.numpy()].tolist()
+            assert [t for t in tokens if t in set(owner.values())] == [owner[row, column]]
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
 def test_pictures_of_a_batch_come_in_the_order_of_its_views(family: str) -> None:
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     sizes = [(40, 18), (16, 16), (18, 33)]
@@ -283,24 +343,24 @@ def test_pictures_of_a_batch_come_in_the_order_of_its_views(family: str) -> None
     two["images"], one["images"] = pack_images(encoded[:2]), pack_images(encoded[2:])
     (micro,) = split_batch(collator(family)([two, zoo.sample(3, images=0), one]), None)
     pictures = model(family).pictures(micro)
-    per_picture = len(pictures) // 3
-    assert len(pictures) == len(micro["view_row"]) == 3 * per_picture
-    assert micro["view_row"].tolist() == [0] * 2 * per_picture + [2] * per_picture
+    assert len(pictures) == len(micro["view_row"])
+    of = (micro["view_row"] + micro["view_image"]).tolist()  # 0 and 1 in the first row, 0 in the third
+    assert of == sorted(of) and set(of) == {0, 1, 2}
     for i, shown in enumerate(pictures):
         grid = micro["view_grid"][i].tolist()
         assert shown.shape[1] * grid[1] == shown.shape[2] * grid[0]
         middle = shown[:, shown.shape[1] // 2, shown.shape[2] // 2] * 255
-        assert torch.allclose(middle, torch.tensor(colours[i // per_picture]).float(), atol=3)
+        assert torch.allclose(middle, torch.tensor(colours[of[i]]).float(), atol=3)
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
 def test_every_parameter_belongs_to_its_part(family: str) -> None:
     anatomy = model(family).anatomy
     parts = {name: anatomy.part_of(name) for name, _ in built(family).hf.named_parameters()}
     assert set(parts.values()) == {"vision_tower", "mm_projector", "language_model"}
     for name, part in parts.items():
-        projector = "multi_modal_projector" in name or "merger" in name or "image_newline" in name
-        tower = ("vision_tower" in name or "visual" in name) and not projector
+        projector = any(p in name for p in ("multi_modal_projector", "connector", "merger", "image_newline"))
+        tower = any(t in name for t in ("vision_tower", "vision_model", "visual")) and not projector
         assert part == ("mm_projector" if projector else "vision_tower" if tower else "language_model"), name
 
 
@@ -308,6 +368,6 @@ def test_an_unknown_family_names_the_nearest() -> None:
     class Config:
         model_type = "lava"
 
-    assert {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl"} <= set(families())
+    assert set(zoo.EVERY_FAMILY) == set(families())
     with pytest.raises(UserError, match="no anatomy for model type 'lava'; did you mean 'llava'"):
         image_encoder_for(None, Config())
