@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..data.object_store import Unreachable
 from ..models.anatomy import PARTS
 from ..models.errors import UserError, nearest
 from ..models.parts import count_parameters, parameter_groups
+from ..models.presets import by_configuration, stand_ins
 from .builders import (
     algorithms_of_stage,
     build_optimizer,
@@ -28,6 +30,7 @@ from .builders import (
     mapped,
     place_in,
 )
+from .compatibility import hold, print_warnings
 from .config import Loaded
 from .preflight import print_methods
 from .prepare import refuse_specs
@@ -38,7 +41,7 @@ from .registry import models as model_registry
 from .run_folder import RunFolder, refuse_name, refuse_unwritable
 from .scoring import check_evaluation, check_window
 from .stage_data import build_collator, build_dataset, first_samples
-from .stage_run import build_model, parallelism
+from .stage_run import build_model, parallelism, ways_of_training
 from .stages import Stage, resolve
 
 
@@ -97,6 +100,7 @@ def _refuse_stage(loaded: Loaded, stage: Stage) -> None:
             raise UserError(f"{where('lr_by_part', part)}: unknown part{nearest(part, PARTS)}")
     build_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], where)
     build_scheduler(config, where)
+    ways_of_training(loaded, stage)
     algorithms_of_stage(loaded, stage.name, config)
 
 
@@ -112,13 +116,20 @@ def check(loaded: Loaded, console: Console) -> None:
     refuse_mistakes(loaded, here=False)  # a configuration for a GPU can be looked at without one
     stages = resolve(loaded)
     folder = RunFolder(run.run_root, run.run_name)
+    model, used = stand_ins(run.model)
+    loaded = replace(loaded, run=replace(run, model=model))
+    for name, file in used.items():
+        console.print(f"{name}: configuration from {file}, not from the hub", soft_wrap=True)
     mapped(callback_registry, run.callbacks, loaded.where, "callbacks")
     for stage in stages:
-        _check_stage(loaded, stage, folder, [s.name for s in stages], console)
+        _check_stage(loaded, stage, folder, [s.name for s in stages], console, encodes=not used)
     check_evaluation(loaded, strict=False)
 
 
-def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console) -> None:
+def prepared(
+    loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str]
+) -> tuple[Any, dict[str, Any], Any]:
+    """A stage's model (a big one on the meta device), its methods after INIT, and its optimizer."""
     config = stage.config
     where = lambda *key: stage.where(loaded, *key)  # noqa: E731
     earlier = stage.start is not None and stage.start.path in names
@@ -138,7 +149,15 @@ def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[st
         device_train_microbatch_size=1,
         run_name=loaded.run.run_name,
     )
-    Engine(state=state, logger=Logger(state)).run_event(Event.INIT)
+    with by_configuration():
+        Engine(state=state, logger=Logger(state)).run_event(Event.INIT)
+    return model, algorithms, optimizer
+
+
+def _check_stage(
+    loaded: Loaded, stage: Stage, folder: RunFolder, names: list[str], console: Console, encodes: bool
+) -> None:
+    model, algorithms, optimizer = prepared(loaded, stage, folder, names)
     table = Table(title=f"stage {stage.name}", title_justify="left", show_edge=False)
     for column in ("part", "trainable", "frozen", "learning rate"):
         table.add_column(column, justify="left" if column == "part" else "right")
@@ -150,11 +169,15 @@ def _check_stage(loaded: Loaded, stage: Stage, folder: RunFolder, names: list[st
     used = ", ".join(f"{n}{' (off)' if getattr(a, 'is_off', bool)() else ''}" for n, a in algorithms.items())
     console.print(f"methods: {used or 'none'}")
     print_methods(console, model, algorithms)
-    console.print(_data(loaded, stage, model, algorithms))
+    print_warnings(console, hold(loaded, stage.config, stage.name, algorithms, model))
+    console.print(_data(loaded, stage, model, algorithms, encodes))
 
 
-def _data(loaded: Loaded, stage: Stage, model: Any, algorithms: dict[str, Any]) -> str:
-    """Tokens a step and steps, from the index and two samples; says so when the data cannot be reached."""
+def _data(loaded: Loaded, stage: Stage, model: Any, algorithms: dict[str, Any], encodes: bool = True) -> str:
+    """Tokens a step and steps, from the index and some samples; says so when the data cannot be reached.
+
+    ``encodes``: the model's own tokenizer is there.
+    """
     config = stage.config
     prepared = {s.get("out") for kind in ("scenes", "easy_vqa") for s in getattr(loaded.run.prepare, kind)}
     dataset_config = config.train_loader.dataset
@@ -180,11 +203,16 @@ def _data(loaded: Loaded, stage: Stage, model: Any, algorithms: dict[str, Any]) 
                 algorithm.use(dataset, config.max_duration)
             except UserError as error:
                 raise UserError(f"{loaded.where('algorithms', name)}: {error}") from error
+    steps = dataset.samples_a_rank // config.global_train_batch_size
+    if not encodes:
+        return (
+            f"data: {dataset.num_samples:,} samples, {steps:,} steps an epoch, trained for {config.max_duration}; tokens are "
+            "not known without the model's own tokenizer"
+        )
     collator = build_collator(model, stage, config.train_loader)
     batch = collator(first_samples(dataset, 8))
     used = max(1, int((batch["sample_status"] == 0).sum()))
     tokens = int(batch["attention_mask"].sum()) / used
-    steps = dataset.samples_a_rank // config.global_train_batch_size
     return (
         f"data: {dataset.num_samples:,} samples, about {tokens:.0f} tokens each, "
         f"{tokens * config.global_train_batch_size:,.0f} tokens a step, {steps:,} steps an epoch, "

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..presets import target_preset
 from .base import Target
+from .configured import ConfiguredTarget
 from .frozen import WHERE
 
 
@@ -56,6 +58,9 @@ def build(make: Callable[..., Target], keywords: Mapping[str, Any], where: str) 
     Raises:
         UserError: as the target says it, with ``where`` in place of the word ``target`` that it begins with.
     """
+    preset = target_preset(keywords.get("path"))
+    if preset is not None:
+        return ConfiguredTarget(preset, keywords)
     try:
         return make(**keywords)
     except UserError as error:

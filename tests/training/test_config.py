@@ -171,7 +171,12 @@ def test_a_stages_identity_follows_the_files_it_names(tmp_path: Path) -> None:
 
 def test_every_shipped_yaml_is_valid() -> None:
     folder = Path(__file__).parents[2] / "yamls"
-    found = [p for p in folder.rglob("*.yaml") if "overlay" not in p.read_text()[:200]]
+    others = ("models", "cluster")  # no configurations of runs
+    found = [
+        p
+        for p in folder.rglob("*.yaml")
+        if "overlay" not in p.read_text()[:200] and p.parent.name not in others
+    ]
     assert found
     for path in found:
         if path.parent.name == "evaluation":
