@@ -150,13 +150,14 @@ def train(
     trainer: dict[str, Any] | None = None,
     autocast: bool = False,
     prepared: dict[str, Any] | None = None,
+    keep: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a tiny model for some steps; the same function in one process and on ranks.
 
     ``algorithms``, ``callbacks``: (``module:class``, keyword arguments). ``autocast``: to bfloat16, as a run does where Composer
     refuses ``amp_bf16``. ``prepared``: keywords of ``prepared.prepare`` (adapters, compiled layers, checkpointing).
-    Returns losses, gradients, weights.
+    Returns losses, gradients, weights; with ``keep`` the model, too.
     """
     world, rank = dist.get_world_size(), dist.get_global_rank()
     built = zoo.build(family, seed=1, size=size)
@@ -210,6 +211,8 @@ def train(
         "keys": [list(loss) for loss in record.losses],
         "uids": record.uids,
     }
+    if keep:
+        result["model"] = fit.state.model
     fit.close()
     reproducibility.seed_all(0)
     return result
