@@ -20,9 +20,9 @@ METHODS = ("ross", "l2t", "jarvis", "vift")
 LOSSES = ("loss/train/total", "loss/train/lm", "loss/train/ross", "loss/train/jarvis")
 
 
-SAMPLES = 61
-"""Captions and text-only instructions: 8 batches of 8 an epoch, of which the last has 3 fillers."""
-MIXTURE = {"weights": {"captions": 37, "text": SAMPLES - 37}, "batches": "mixed"}
+SAMPLES, CAPTIONS = 64, 40
+"""Captions and text-only instructions: 8 batches of 8 an epoch, each sample once."""
+MIXTURE = {"weights": {"captions": CAPTIONS, "text": SAMPLES - CAPTIONS}, "batches": "mixed"}
 STEPS = 10
 """Into the second epoch; a checkpoint every second step, and all are kept."""
 
@@ -38,7 +38,7 @@ def folder() -> Path:
 @functools.cache
 def data() -> dict[str, str]:
     """Addresses by stream."""
-    made = {"captions": ("caption", 37), "text": ("text", SAMPLES - 37)}
+    made = {"captions": ("caption", CAPTIONS), "text": ("text", SAMPLES - CAPTIONS)}
     return {
         name: runs.write_scenes(folder() / "data" / name, n, stream=stream)
         for name, (stream, n) in made.items()
