@@ -203,9 +203,10 @@ def last_good_checkpoint(state: State, before_now: bool) -> str:
         found = [(int(t.batch), name) for name, t in saver.all_saved_checkpoints_to_timestamp.items()]
         for batch, name in sorted(found, reverse=True):
             path = Path(name).parent if state.fsdp_sharded_state_dict_enabled else Path(name)
-            remote = saver.remote_file_name is not None
-            if (path.exists() or remote) and not (before_now and batch >= now):
-                return f"last good checkpoint: {path.name if remote else path} (step {batch})"
+            uploaded = saver.remote_uploader is not None  # and perhaps no longer here
+            if (path.exists() or uploaded) and not (before_now and batch >= now):
+                where = path if path.exists() else f"{path.name} in the save folder"
+                return f"last good checkpoint: {where} (step {batch})"
     return "no checkpoint was saved yet"
 
 
