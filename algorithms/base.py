@@ -6,6 +6,8 @@ bare ``composer.Trainer(algorithms=[Method()])`` as well as from YAML.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -55,8 +57,12 @@ class VisionAlgorithm(Algorithm):
         name: registered name; keys randomness, heads and log entries.
         stages: stages of a run in which the paper uses the method.
         loss_keys: keys it adds to the loss.
-        needs: what it needs of the model or the data, for ``--check`` (for example ``{"images"}``).
-        refuses: settings it cannot work with, and why.
+        needs: what it needs of data, family and attention (``training.compatibility.NEEDS``): ``images``, ``masks`` ...
+        refuses: settings it cannot work with -> why. ``"packing=true"``; several, joined by commas, must all hold; a
+            name is a setting, a key of the YAML or a keyword of the method: ``"head=mlp, fsdp2=true"``, ``"masks!=none"``.
+        warns: the same, for settings with which it works, but not as one may expect. These three may be set by an
+            instance, where its arguments decide; ``training.compatibility`` makes refusals, warnings and a page of the
+            docs of them.
         leaves_out: what no document keeps its labels with beside this method -> the sentence that says so; see ``compose``.
         lives_on: what it does nothing at all without -> the sentence that says so. Both may be set by an instance,
             where its arguments decide.
@@ -67,8 +73,22 @@ class VisionAlgorithm(Algorithm):
     loss_keys: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[dict[str, str]] = {}
+    warns: ClassVar[dict[str, str]] = {}
     leaves_out: Mapping[str, str] = {}
     lives_on: Mapping[str, str] = {}
+    _given: dict[str, Any] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        """Remember the arguments, for ``repr``."""
+        made = super().__new__(cls)
+        with contextlib.suppress(TypeError):  # __init__ says what is wrong with them
+            bound = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs).arguments
+            made._given = {key: value for key, value in bound.items() if value is not made}
+        return made
+
+    def __repr__(self) -> str:
+        """The call that makes it again: checkpoints and logs name a method by this."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._given.items())})"
 
     def is_off(self) -> bool:
         """Whether the arguments switch the method off: then it does no work and attaches no head."""

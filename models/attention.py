@@ -11,6 +11,9 @@ from . import blocks
 from .errors import UserError
 from .visibility import Tokens, Visibility, of_tokens, queries_and_keys, rule
 
+TAKE_MASKS = ("sdpa", "eager", "flex_attention")
+"""Attention implementations that take any mask; others have their own causal one."""
+
 CPU_PIECE = 1 << 19
 """Elements of a mask that a CPU makes at a time."""
 
@@ -92,3 +95,34 @@ def mask_for(see: Visibility, implementation: str, dtype: torch.dtype) -> Any:
         f"attention implementation '{implementation}' takes no mask of its own, which packing, independent turns, "
         "bidirectional images and masked prediction need; set model.attn_implementation to sdpa or flex_attention"
     )
+
+
+def windows(config: Any) -> dict[str | None, int | None]:
+    """Layer type -> how far its layers see, of a decoder's configuration; None: however far.
+
+    One entry under None where all layers see alike; the decoder then takes one mask, else one by layer type.
+    """
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return {None: None}
+    types = getattr(config, "layer_types", None)
+    if not types:
+        return {None: int(window)}  # Mistral's
+    sliding = {t: int(window) if t == "sliding_attention" else None for t in types}
+    return sliding if any(sliding.values()) else {None: None}
+
+
+def masks_for(see: Visibility, config: Any, dtype: torch.dtype) -> Any:
+    """The predicate in the form that a decoder takes: a mask, or one by layer type.
+
+    Args:
+        config: of the decoder: its attention implementation and its layers' windows.
+
+    Raises:
+        UserError: the implementation takes no arbitrary mask.
+    """
+    made = {
+        kind: mask_for(see.with_terms(window=window), config._attn_implementation, dtype)
+        for kind, window in windows(config).items()
+    }
+    return made.get(None, made)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from ..models.errors import UserError, nearest
+from .compatibility import hold
 from .config import Loaded
 from .registry import Registry, optimizers, schedulers
 from .registry import algorithms as algorithm_registry
@@ -188,19 +189,8 @@ def algorithms_of_stage(
                 raise
             # A method's own refusal names its key; a bare Trainer knows no more, a YAML has a line.
             raise UserError(f"{loaded.provenance.where(tuple(own[0].split('.')))}: {error}") from error
-        check_compatible(loaded, name, built[name], config)
+    hold(loaded, config, stage, built)  # what the configuration alone tells; the model tells the rest
     return built
-
-
-def check_compatible(loaded: Loaded, name: str, algorithm: Any, config: StageConfig) -> None:
-    """Refuse settings that a method says it cannot work with (its ``refuses``), in a stage that uses it."""
-    for setting, why in getattr(algorithm, "refuses", {}).items():
-        key, _, value = setting.partition("=")
-        current: Any = config if hasattr(config, key.split(".")[0]) else loaded.run
-        for part in key.split("."):
-            current = current.get(part) if isinstance(current, dict) else getattr(current, part)
-        if str(current).lower() == value.lower():
-            raise UserError(f"{loaded.where('algorithms', name)}: does not work with {key}: {value} ({why})")
 
 
 def stages_of(loaded: Loaded, name: str, keywords: Mapping[str, Any], make: Any) -> list[str]:

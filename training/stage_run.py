@@ -29,6 +29,7 @@ from ..models.parts import parameter_groups, set_trainable
 from ..models.vlm import VisionLanguageModel
 from . import checkpoints as saved
 from .builders import algorithms_of_stage, build_optimizer, build_scheduler, construct, mapped, named
+from .compatibility import hold, print_warnings
 from .config import Loaded
 from .guards import EveryParameterTrained, RestoreRandomState, SkippedSamples
 from .init_weights import is_checkpoint, load_weights
@@ -193,6 +194,7 @@ def train_stage(
         l2t={"report": str(stage_folder / "l2t_templates.json")},
         vift={"refused_log": str(folder.skipped)},
     )
+    print_warnings(console, hold(loaded, config, stage.name, algorithms, model, here=True))
     preflight(loaded, stage, model, dataset, collator, algorithms, console)
     optimizer_where = lambda *key: stage.where(loaded, *key)  # noqa: E731
     decay = float(config.optimizer.get("weight_decay", 0.0))

@@ -83,7 +83,7 @@ class JARVIS(PredictsTarget):
     name: ClassVar[str] = "jarvis"
     stages: ClassVar[tuple[str, ...]] = ("align",)
     loss_keys: ClassVar[tuple[str, ...]] = ("jarvis",)
-    needs: ClassVar[frozenset[str]] = frozenset({"images"})
+    needs: ClassVar[frozenset[str]] = frozenset({"images", "masks"})
     store_command: ClassVar[str] = "opsin data features"
 
     def __init__(
@@ -113,6 +113,8 @@ class JARVIS(PredictsTarget):
             }
         )  # fmt: skip
         self.masks = mask_config(masks)
+        if self.masks is None:
+            self.needs = frozenset({"images"})  # type: ignore[misc]
         if self.masks is None and (hide_unused or see_pretext):
             key = "hide_unused" if hide_unused else "see_pretext"
             raise UserError(f"algorithms.jarvis.{key}: there is nothing to hide with masks: none")

@@ -66,6 +66,7 @@ class L2T(VisionAlgorithm):
     needs: ClassVar[frozenset[str]] = frozenset({"images"})
     refuses: ClassVar[dict[str, str]] = {
         "chat_template=plain": "the plain template drops the instruction, so there is nothing to learn",
+        "token_weights=visual_relevance, fsdp2=true": "it copies the model, which is sharded then",
     }
 
     def __init__(
@@ -259,7 +260,7 @@ class L2T(VisionAlgorithm):
     def state_dict(self) -> dict[str, Any]:
         """The templates in use: a resumed run keeps its labels."""
         table = None if self.table is None else [[t.sentence, t.count] for t in self.table]
-        return {"templates": table, "template_source": self.source_used}
+        return {**super().state_dict(), "templates": table, "template_source": self.source_used}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
         """Take over a checkpoint's templates."""
