@@ -18,6 +18,7 @@ from .components import grid_side
 from .components import load_vision_tower as load_vision_tower  # where it was before
 from .errors import UserError
 from .towers import TokenTower
+from .two_towers import TwoTowers
 
 
 def llava_from_parts(
@@ -37,8 +38,9 @@ def llava_from_parts(
             model's dtype and device.
         language_model: a ``PreTrainedModel`` for causal language modelling; tied embeddings stay tied.
         image_token_id: the vocabulary's token that stands for one visual token.
-        vision_feature_layer: which of the tower's hidden states; default: the last for a
-            :class:`~opsin.models.towers.TokenTower`, else the last but one, as in LLaVA.
+        vision_feature_layer: which of the tower's hidden states; default: the last for our own classes
+            (:class:`~opsin.models.towers.TokenTower`, :class:`~opsin.models.two_towers.TwoTowers`), else the last but
+            one, as in LLaVA.
         projector_hidden_act: between the projector's two layers.
         seed: of the projector's weights; PyTorch's global generator is left as it was.
 
@@ -53,14 +55,14 @@ def llava_from_parts(
         raise UserError(f"image token {image_token_id} is outside the vocabulary of {text_config.vocab_size}")
     side = grid_side(vision_tower.config, type(vision_tower).__name__)
     if vision_feature_layer is None:
-        vision_feature_layer = -1 if isinstance(vision_tower, TokenTower) else -2
+        vision_feature_layer = -1 if isinstance(vision_tower, TokenTower | TwoTowers) else -2
     config = LlavaConfig(
         vision_config=vision_tower.config,
         text_config=text_config,
         image_token_index=image_token_id,
         image_seq_length=side * side,
         projector_hidden_act=projector_hidden_act,
-        vision_feature_select_strategy="default" if _prefix_tokens(vision_tower) else "full",
+        vision_feature_select_strategy="default" if prefix_tokens(vision_tower) else "full",
         vision_feature_layer=vision_feature_layer,
         tie_word_embeddings=text_config.tie_word_embeddings,
         pad_token_id=text_config.pad_token_id,
@@ -126,7 +128,7 @@ def llava_processor(
     )
 
 
-def _prefix_tokens(tower: Any) -> int:
+def prefix_tokens(tower: Any) -> int:
     """0 or 1 tokens before the patches (CLIP's class token), counted on the meta device.
 
     Raises:

@@ -7,7 +7,7 @@ pictures, and the projector is new (or read from a file of LLaVA's).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.activations import ACT2FN
 
-from .assemble import llava_from_parts, llava_processor
-from .components import load_language_model, load_tokenizer, load_tower
+from .assemble import llava_from_parts, llava_processor, prefix_tokens
+from .components import Tower, load_language_model, load_tokenizer, load_tower
 from .errors import UserError, nearest
+from .towers import TokenTower
+from .two_towers import TwoTowers
 
 ASPECT_RATIOS = ("square", "pad")
 """``square``: a picture is stretched to the tower's square; ``pad``: it is padded to one first, as LLaVA-1.5 does."""
@@ -27,7 +29,7 @@ _PROJECTOR_KEYS = ("type", "weights")
 
 
 def from_parts(
-    vision_tower: str | Mapping[str, Any],
+    vision_tower: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     language_model: str,
     mm_projector: str | Mapping[str, Any] = "mlp2x_gelu",
     *,
@@ -42,7 +44,8 @@ def from_parts(
     """A LLaVA and its processor from names.
 
     Args:
-        vision_tower: see :func:`~opsin.models.components.load_tower`.
+        vision_tower: see :func:`~opsin.models.components.load_tower`; or a list of two or more, whose features are
+            joined channel after channel (:class:`~opsin.models.two_towers.TwoTowers`).
         language_model: hub name or folder of a causal language model with its tokenizer.
         mm_projector: type (``mlp2x_gelu``, or another activation of transformers), or ``{type, weights}`` with a
             file of a trained one (LLaVA's ``mm_projector.bin``, or ``.safetensors``).
@@ -72,9 +75,8 @@ def from_parts(
     except UserError as error:
         raise UserError(f"{where('language_model')}: {error}") from error
     _refuse_text(text, where("language_model"))
-    inside = lambda key: where("vision_tower") + (f".{key}" if key else "")  # noqa: E731
     with torch.random.fork_rng(devices=[]):
-        tower = load_tower(vision_tower, inside, weights=weights, layer=layer)
+        tower = _tower(vision_tower, layer, weights, where)
     token_id = add_image_token(text, tokenizer, image_token)
     try:
         model = llava_from_parts(
@@ -101,6 +103,33 @@ def from_parts(
         pad=image_aspect_ratio == "pad",
     )
     return model, processor
+
+
+def _tower(spec: Any, layer: int | None, weights: bool, where: Callable[[str], str]) -> Tower:
+    """One tower, or several as one."""
+    if isinstance(spec, str | Mapping):
+        inside = lambda key: where("vision_tower") + (f".{key}" if key else "")  # noqa: E731
+        return load_tower(spec, inside, weights=weights, layer=layer)
+    if len(spec) < 2:
+        raise UserError(f"{where('vision_towers')}: needs two or more; a single one is vision_tower")
+    place = lambda i: lambda key: where("vision_towers") + f".{i}" + (f".{key}" if key else "")  # noqa: E731
+    towers = [load_tower(each, place(i), weights=weights, layer=layer) for i, each in enumerate(spec)]
+    layers, prefixes = [], []
+    for i, tower in enumerate(towers):
+        own = isinstance(tower.model, TokenTower)
+        layers.append((-1 if own else -2) if tower.layer is None else tower.layer)
+        try:
+            prefixes.append(prefix_tokens(tower.model))
+        except UserError as error:
+            raise UserError(f"{place(i)('')}: {error}") from error
+    joined = TwoTowers.join(
+        [t.model for t in towers],
+        layers,
+        prefixes,
+        [t.image_mean for t in towers],
+        [t.image_std for t in towers],
+    )
+    return Tower(joined, -1, towers[0].image_mean, towers[0].image_std)
 
 
 def add_image_token(language_model: Any, tokenizer: Any, token: str) -> int:

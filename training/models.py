@@ -41,7 +41,8 @@ def hf_vlm(
 
 def llava_from_parts(
     language_model: str,
-    vision_tower: str | dict[str, Any],
+    vision_tower: str | dict[str, Any] | None = None,
+    vision_towers: list[Any] | None = None,
     mm_projector: str | dict[str, Any] = "mlp2x_gelu",
     mm_vision_select_layer: int | None = None,
     image_token: str = "<image>",
@@ -58,6 +59,8 @@ def llava_from_parts(
         language_model: folder or hub name of a causal language model, with its tokenizer.
         vision_tower: folder or hub name (CLIP, SigLIP, DINOv2 ..., whole or vision half; timm's), ``timm:NAME``, or
             ``{name: ..., layer: -2, image_mean: ..., image_std: ..., weights: FILE}``.
+        vision_towers: instead of it, two or more such: all see the picture, and the projector reads their features
+            side by side on the first one's grid.
         mm_projector: ``mlp2x_gelu`` (or another activation), or ``{type: mlp2x_gelu, weights: FILE}``.
         mm_vision_select_layer: hidden state of the tower that is read; None: the last but one.
         image_token: added to the vocabulary where it is not in it.
@@ -71,9 +74,11 @@ def llava_from_parts(
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise UserError(f"model dtype '{dtype}': no dtype of torch; use float32 or bfloat16")
+    if (vision_tower is None) == (vision_towers is None):
+        raise UserError("model: needs either vision_tower or vision_towers")
     with torch.device("meta") if meta else contextlib.nullcontext():
         hf, processor = from_parts(
-            vision_tower,
+            vision_tower if vision_towers is None else list(vision_towers),  # type: ignore[arg-type]
             language_model,
             mm_projector,
             layer=mm_vision_select_layer,
