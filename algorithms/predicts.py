@@ -31,6 +31,11 @@ class PredictsTarget(VisionAlgorithm):
         assert self.target is not None, "the target is built at INIT"
         return self.target
 
+    @property
+    def takes_stored(self) -> bool:
+        """Whether targets are taken from the data; known for certain when fitting has started."""
+        return self._take_stored
+
     def set_target(self, target: Target) -> None:
         """A target has been built."""
         self.target, self._placed = target, None

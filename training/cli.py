@@ -14,6 +14,7 @@ from .. import __version__
 from ..models.errors import UserError, one_line, user_error_in
 from .checkpoint_app import checkpoint_app
 from .data_app import data_app
+from .launch import complete_environment
 from .study.commands import ablate, study_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -42,6 +43,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        complete_environment(os.environ)
         app(standalone_mode=False)
     except typer.Exit as done:
         sys.exit(done.exit_code)
@@ -149,6 +151,39 @@ def next_commands(files: list[str], run: Path, methods: list[str]) -> list[str]:
         f'opsin generate {run} "What colour is the object?" --image PICTURE.png',
         f"opsin export {run} my-model    # an ordinary Hugging Face folder",
     ]
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        list[str], typer.Argument(help="YAML files, merged left to right, then key=value arguments.")
+    ],
+    gpus: Annotated[int, typer.Option(help="How many GPUs.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Which: h100, h200, a100-80gb, l40s ...")] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node, for what it reads a second.")] = 8,
+    mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached.")] = 0.4,
+    stored_targets: Annotated[
+        bool, typer.Option("--stored-targets", help="Methods' targets come with the data.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a run will need, on paper: parameters, memory a GPU, operations, hours, storage."""
+    from .plan.hardware import gpu_named
+
+    kind = gpu_named(gpu)  # a typo should not have to wait for the rest
+    from .config import load
+    from .plan.plan import Asked, make_plan
+    from .plan.report import show
+
+    loaded = load([c for c in config if _is_file(c)], [c for c in config if not _is_file(c)])
+    made = make_plan(loaded, Asked(gpus, kind, gpus_per_node, mfu, stored_targets))
+    if json_:
+        import json
+
+        print(json.dumps(made.as_dict(), indent=1))
+    else:
+        show(made, Console(width=None if sys.stdout.isatty() else 160))
+    made.refuse_misfits()
 
 
 @app.command()

@@ -188,6 +188,7 @@ callbacks = Registry(
         "loss_ledger": ".loss_ledger:LossLedger",
         "mixture_monitor": ".mixture_monitor:MixtureMonitor",
         "non_finite": ".non_finite:NonFinite",
+        "speed_monitor": ".speed:SpeedMonitor",
         "suite_monitor": ".suite_monitor:SuiteMonitor",
         "jarvis_pictures": "opsin.algorithms.jarvis.pictures:JARVISPictures",
         "ross_pictures": "opsin.algorithms.ross.pictures:ROSSPictures",

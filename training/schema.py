@@ -183,4 +183,5 @@ class RunConfig(StageConfig):
     trust_checkpoint: bool = False
     progress_bar: bool = True
     python_log_level: str | None = None
+    plan: dict[str, Spec] = field(default_factory=dict)
     variables: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""``opsin plan``: what a run will need, on paper: parameters, memory a GPU, operations, hours, storage."""
