@@ -21,6 +21,9 @@ from .errors import UserError, nearest
 if TYPE_CHECKING:
     from .vlm import VisionLanguageModel
 
+MODES = ("default", "max-autotune-no-cudagraphs")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
 VARIANTS = 64
 """Variants of a layer that may be compiled: with and without a mask, gradient, adapters, training, autocast."""
 
@@ -31,7 +34,7 @@ class CompileSettings:
 
     Attributes:
         backend: ``inductor``, or another of ``torch.compiler.list_backends(exclude_tags=())``.
-        mode: ``default``, ``reduce-overhead``, ``max-autotune`` ...; None: the backend's own.
+        mode: of inductor: ``default`` or ``max-autotune-no-cudagraphs``.
         dynamic: True: sizes of batches are variables from the start; None: from the second size on; False: each size
             is compiled anew.
         fullgraph: a layer that is not one graph is an error.
@@ -73,9 +76,13 @@ class CompileSettings:
             value = getattr(made, key)
             if not isinstance(value, bool) and not (key == "dynamic" and value is None):
                 raise UserError(f"{place(key)}: expected true or false, got {value!r}")
-        modes = ["default", *torch._inductor.list_mode_options()] if made.backend == "inductor" else []
-        if made.mode is not None and made.mode not in modes:
-            raise UserError(f"{place('mode')}: '{made.mode}': unknown{nearest(str(made.mode), modes)}")
+        if made.mode in CUDA_GRAPHS:
+            raise UserError(
+                f"{place('mode')}: '{made.mode}': its CUDA graphs write over outputs that methods keep; use {', '.join(MODES)}"
+            )
+        if made.mode is not None and (made.mode not in MODES or made.backend != "inductor"):
+            hint = nearest(str(made.mode), MODES) if made.backend == "inductor" else "; modes are inductor's"
+            raise UserError(f"{place('mode')}: '{made.mode}': unknown{hint}")
         return made
 
 

@@ -213,6 +213,21 @@ def stages_of(loaded: Loaded, name: str, keywords: Mapping[str, Any], make: Any)
     return wanted
 
 
+def used_nowhere(loaded: Loaded) -> list[str]:
+    """A line for each method that is on and used in no stage of the run."""
+    lines = []
+    for name, keywords in enabled_algorithms(loaded).items():
+        where = loaded.where("algorithms", name)
+        make = algorithm_registry.get(name, where)
+        if not stages_of(loaded, name, keywords, make):
+            paper = " and ".join(getattr(make, "stages", ()))
+            lines.append(
+                f"{where}: is used in no stage of this run ({', '.join(stage_names(loaded.run))}): its paper uses it in "
+                f"{paper}; algorithms.{name}.stages says otherwise"
+            )
+    return lines
+
+
 def stage_names(run: RunConfig) -> list[str]:
     """Names of the run's stages, in order."""
     return list(run.stages) or [run.stage]

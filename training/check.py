@@ -29,6 +29,7 @@ from .builders import (
     construct,
     mapped,
     place_in,
+    used_nowhere,
 )
 from .compatibility import hold, print_warnings
 from .config import Loaded
@@ -121,6 +122,7 @@ def check(loaded: Loaded, console: Console) -> None:
     for name, file in used.items():
         console.print(f"{name}: configuration from {file}, not from the hub", soft_wrap=True)
     mapped(callback_registry, run.callbacks, loaded.where, "callbacks")
+    print_warnings(console, used_nowhere(loaded))
     for stage in stages:
         _check_stage(loaded, stage, folder, [s.name for s in stages], console, encodes=not used)
     check_evaluation(loaded, strict=False)

@@ -45,6 +45,10 @@ SETTINGS: dict[str, tuple[str, str]] = {
         REFUSED,
         "torch's FlexAttention does not differentiate on a CPU; use sdpa",
     ),
+    "compile=true, attn_implementation=flex_attention": (
+        WARNING,
+        "no test of this project runs the two together",
+    ),
 }
 """Settings that do not go with each other, whatever the methods: conditions -> (status, why)."""
 

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from ..models.errors import UserError
 from . import compat, wall_time
+from .builders import used_nowhere
 from .check import refuse_mistakes
+from .compatibility import print_warnings
 from .config import Loaded
 from .prepare import prepare
 from .run_folder import RunFolder
@@ -55,6 +57,7 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
     _on_rank_zero(lambda: folder.open(loaded, stages))
     _on_rank_zero(lambda: wall_time.begin(folder, started))
     names = [s.name for s in stages]
+    print_warnings(console, used_nowhere(loaded))
     done: dict[str, Any] = {}
     for stage in stages:
         model = folder.finished(stage)
