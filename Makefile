@@ -12,6 +12,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
 PYTHON_MODERN ?= $(PYTHON)
 # Tests share few cores among processes; more threads only wait for each other.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Whole files side by side, so that what a file's tests share is made once. WORKERS=0: in one process.
+WORKERS ?= auto
+SIDE_BY_SIDE := -n $(WORKERS) --maxprocesses 4 --dist loadfile
 export UV_PYTHON_DOWNLOADS := never
 
 help: ## this list
@@ -55,13 +58,13 @@ demo-real: $(VENV)/.real ## SmolLM2 with a pretrained vision encoder on easy-vqa
 	$(VENV)/bin/opsin train yamls/real.yaml
 
 test: setup ## the tests of every commit
-	$(TEST) $(PY) -m pytest -m "not slow and not gpu"
+	$(TEST) $(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 test-all: $(VENV)/.real ## all tests, slow ones and real weights included
-	$(TEST) $(PY) -m pytest -m "not gpu"
+	$(TEST) $(PY) -m pytest $(SIDE_BY_SIDE) -m "not gpu"
 
 test-modern: $(MODERN)/.ready ## the tests on the newest torch and transformers
-	$(TEST) $(MODERN)/bin/python -m pytest -m "not slow and not gpu"
+	$(TEST) $(MODERN)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 test-eval: $(EVAL)/.ready ## the tests of the lmms-eval bridge, with lmms-eval installed
 	$(TEST) $(EVAL)/bin/python -m pytest -m "not slow" tests/lmms
