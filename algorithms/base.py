@@ -76,7 +76,7 @@ class VisionAlgorithm(Algorithm):
     warns: ClassVar[dict[str, str]] = {}
     leaves_out: Mapping[str, str] = {}
     lives_on: Mapping[str, str] = {}
-    _given: dict[str, Any] = {}
+    _given: Mapping[str, Any] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any):
         """Remember the arguments, for ``repr``."""

@@ -318,6 +318,7 @@ class ViFT(VisionAlgorithm):
     def state_dict(self) -> dict[str, Any]:
         """Decisions so far and what the next ones stand on."""
         return {
+            **super().state_dict(),
             "rules": [rule.text for rule in self.rules],
             "decided": self.decided,
             "text_steps": self._rested if self._rest is None else self._rest.rested,
