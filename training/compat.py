@@ -34,6 +34,7 @@ def apply(*, trust_checkpoints: bool = False) -> None:
     average_gradients_on_gloo()
     load_checkpoints_without_code(trust_checkpoints)
     load_checkpoints_of_either_form()
+    wait_for_files_of_ones_own_node()
 
 
 def average_gradients_on_gloo() -> None:
@@ -123,6 +124,27 @@ def load_checkpoints_of_either_form() -> None:
 
     load_checkpoint._stock = stock  # type: ignore[attr-defined]
     checkpoint.load_checkpoint = load_checkpoint
+
+
+def wait_for_files_of_ones_own_node() -> None:
+    """Let each node of a job have its own signal file.
+
+    Composer 0.32.1 lets the processes of a node wait for a file that the node's first one writes and removes, and gives
+    all nodes the name that rank 0 has drawn. Where nodes share the folder, each removes the others' file: starting with
+    ``autoresume`` ends in FileNotFoundError, or in waiting for ever.
+    """
+    from composer.utils import dist as composer_dist
+
+    stock = composer_dist.get_node_signal_file_name
+    if hasattr(stock, "_stock"):
+        return
+
+    def get_node_signal_file_name(rng: Any = None) -> str:
+        drawn = stock(rng).rpartition("_")[2]  # the same on all ranks
+        return f"._signal_file_node{composer_dist.get_node_rank()}_{drawn}"
+
+    get_node_signal_file_name._stock = stock  # type: ignore[attr-defined]
+    composer_dist.get_node_signal_file_name = get_node_signal_file_name
 
 
 _STOCK_LOAD: Any = None
