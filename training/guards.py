@@ -95,6 +95,13 @@ class RestoreRandomState(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Before the first batch after resumption."""
+        self._restore()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """The checkpoint was made after the epoch's last batch: the next epoch's loader draws its seed from the state."""
+        self._restore()
+
+    def _restore(self) -> None:
         if self.saved is not None:
             reproducibility.load_rng_state(self.saved)
             self.saved = None
