@@ -86,9 +86,36 @@ def build(
         raise UserError(f"report: a wall of {wall_size} pictures; use 0 or more")
     shown = wall(predictions, pictures, wall_size, list(suites)) if wall_size and predictions else None
     parts = _parts(scores, suites, old, baseline, analyses, shown)
-    links = [tag("li", tag("a", heading, href=f"#{key}")) for key, heading, _ in parts]
     told = {key: value for key, value in scores.items() if key != "analyses"}  # their lists may be long
-    style, script = _asset("report.css"), _asset("report.js")
+    return document(
+        title,
+        _run(scores, suites),
+        parts,
+        tag("p", READING, AGAINST if old is not None else None),
+        {"scores": told, "cards": shown.cards if shown else []},
+    )
+
+
+def document(
+    title: str,
+    facts: Markup,
+    parts: Sequence[tuple[str, str, Sequence[Markup | None]]],
+    foot: Markup,
+    data: Mapping[str, Any],
+    style: str = "",
+) -> str:
+    """A page of its own that may load nothing.
+
+    Args:
+        title: heading.
+        facts: below it.
+        parts: (anchor, heading, content).
+        foot: at its end.
+        data: what its script reads: ``cards``, see ``wall.Wall``; and whatever readers of the page may want.
+        style: added to ``report.css``.
+    """
+    links = [tag("li", tag("a", heading, href=f"#{key}")) for key, heading, _ in parts]
+    style, script = _asset("report.css") + style, _asset("report.js")
     return Template(_asset("page.html")).substitute(
         title=join(title),
         style=style,
@@ -97,12 +124,12 @@ def build(
         script_hash=_hash(script),
         head=join(
             tag("h1", title),
-            _run(scores, suites),
+            facts,
             tag("nav", tag("ul", *links), aria_label="Parts of this page"),
         ),
         main=join(*(tag("section", tag("h2", heading), *body, id=key) for key, heading, body in parts)),
-        foot=tag("p", READING, AGAINST if old is not None else None),
-        data=data_block("report", {"scores": told, "cards": shown.cards if shown else []}),
+        foot=foot,
+        data=data_block("report", data),
     )
 
 

@@ -94,7 +94,7 @@ def wall(records: Sequence[Record], pictures: Pictures, most: int, suites: Seque
     shown = chosen(records, most, suites)
     drawn, first, cards = Thumbnails(), set(), []
     for number, record in enumerate(shown):
-        cards.append(_card(number, record, _shots(record, pictures, drawn, first)))
+        cards.append(_card(number, record, shots(record, pictures, drawn, first)))
     facts = [(record["suite"], record["kind"], verdict(record)) for record in shown]
     told = (
         f"{count(len(shown))} of {count(len(records))} answers, taken in turn from every suite, kind and verdict by a hash of"
@@ -103,7 +103,7 @@ def wall(records: Sequence[Record], pictures: Pictures, most: int, suites: Seque
     return Wall(
         join(
             tag("p", told, class_="about"),
-            _controls(facts),
+            controls(facts, VERDICTS),
             tag("p", "No card fits these filters.", id="none", hidden=True),
             tag("ul", *cards, id="cards", class_="cards"),
         ),
@@ -111,11 +111,16 @@ def wall(records: Sequence[Record], pictures: Pictures, most: int, suites: Seque
     )
 
 
-def _controls(facts: Sequence[tuple[str, str, str]]) -> Markup:
-    """Hidden until the script that makes them work runs; it fills in suites and kinds."""
+def controls(facts: Sequence[tuple[str, str, str]], verdicts: Mapping[str, tuple[str, str]]) -> Markup:
+    """Filters of cards, hidden until the script that makes them work runs; it fills in suites and kinds.
+
+    Args:
+        facts: (suite, kind, verdict) of each card.
+        verdicts: verdict -> its sign and its word.
+    """
     seen = Counter(fact[2] for fact in facts)
     choices = [("", "All", len(facts))]
-    choices += [(key, f"{sign} {word}", seen[key]) for key, (sign, word) in VERDICTS.items() if seen[key]]
+    choices += [(key, f"{sign} {word}", seen[key]) for key, (sign, word) in verdicts.items() if seen[key]]
     radios = [
         tag(
             "label",
@@ -136,7 +141,7 @@ def _controls(facts: Sequence[tuple[str, str, str]]) -> Markup:
     )  # fmt: skip
 
 
-def _shots(record: Record, pictures: Pictures, drawn: Thumbnails, first: set[int]) -> list[Markup]:
+def shots(record: Record, pictures: Pictures, drawn: Thumbnails, first: set[int]) -> list[Markup]:
     """The pictures of a card. A copy is written where it is first shown; later cards name it, the script fills them in."""
     try:
         numbers = [drawn.number(encoded) for encoded in pictures(record["suite"], record["id"])]
@@ -161,11 +166,11 @@ def _card(number: int, record: Record, shots: Sequence[Markup]) -> Markup:
     key = verdict(record)
     sign, word = VERDICTS[key]
     said, parsed = str(record["output"]).strip(), record["parsed"]
-    rows = [("Gold", _cut(str(record["gold"]))), ("Model", _cut(said) if said else tag("em", "nothing"))]
+    rows = [("Gold", cut(str(record["gold"]))), ("Model", cut(said) if said else tag("em", "nothing"))]
     if record.get("error"):
-        rows[1] = ("Model", tag("em", f"not asked: {_cut(str(record['error']))}"))
+        rows[1] = ("Model", tag("em", f"not asked: {cut(str(record['error']))}"))
     elif parsed is not None and _bare(str(parsed)) != _bare(said):
-        rows.append(("Read as", _cut(str(parsed))))
+        rows.append(("Read as", cut(str(parsed))))
     answers = [tag("div", tag("dt", name), tag("dd", value, dir="auto")) for name, value in rows]
     where = f"{record['suite']} · {record['kind']}"
     return tag(
@@ -175,7 +180,7 @@ def _card(number: int, record: Record, shots: Sequence[Markup]) -> Markup:
             tag("div",
                 tag("p", tag("span", tag("b", sign, aria_hidden="true"), word, class_="verdict"),
                     tag("span", breakable(where), class_="where"), class_="line"),
-                tag("p", _cut(_words(record.get("question", ""))), class_="question", dir="auto", id=f"question-{number}"),
+                tag("p", cut(words_of(record.get("question", ""))), class_="question", dir="auto", id=f"question-{number}"),
                 tag("dl", *answers),
                 tag("p", record["id"], class_="id"),
                 class_="words"),
@@ -189,7 +194,7 @@ def _bare(words: str) -> str:
     return words.strip(" .").casefold()
 
 
-def _words(question: str) -> str:
+def words_of(question: str) -> str:
     """A question as it is read beside its picture: a single image mark goes, several are numbered."""
     marks = question.count(IMAGE_MARK)
     if marks == 1:
@@ -198,7 +203,8 @@ def _words(question: str) -> str:
     return re.sub(re.escape(IMAGE_MARK), lambda _: f"[picture\u00a0{next(numbers)}]", question).strip()
 
 
-def _cut(words: str) -> str:
+def cut(words: str) -> str:
+    """As much of a text as a card has room for."""
     return (
         words
         if len(words) <= LONGEST

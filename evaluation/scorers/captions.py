@@ -7,7 +7,7 @@ from typing import Any
 
 from ...models.errors import UserError
 from .base import Measure, Scorer
-from .caption_facts import Scene, compare, measures_of, scene_of
+from .caption_facts import Compared, compare, measures_of, scene_of
 from .caption_reading import read_caption
 
 
@@ -33,23 +33,24 @@ class SceneCaptions(Scorer):
         Raises:
             UserError: ``meta`` is not that of a scene.
         """
-        return compare(read_caption(_text(record)), _scene(record)).exact
+        return compared(record).exact
 
     def measures(self, marked: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
         """As the class says."""
-        return measures_of([compare(read_caption(_text(record)), _scene(record)) for record in marked])
+        return measures_of([compared(record) for record in marked])
 
 
-def _text(record: Mapping[str, Any]) -> str:
-    """The caption; nothing, where the model was never asked."""
-    return "" if record.get("error") else record["output"]
+def compared(record: Mapping[str, Any]) -> Compared:
+    """A caption against its scene, in counts; nothing is said where the model was never asked.
 
-
-def _scene(record: Mapping[str, Any]) -> Scene:
+    Raises:
+        UserError: ``meta`` is not that of a scene.
+    """
     try:
-        return scene_of(record["meta"])
+        scene = scene_of(record["meta"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"suite {record.get('suite')}, {record.get('id')}: scene_captions needs the facts of a scene in meta "
             f"(objects, sign, chart), as the suite 'scenes' with stream: caption has them"
         ) from error
+    return compare(read_caption("" if record.get("error") else record["output"]), scene)

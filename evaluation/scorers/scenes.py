@@ -59,17 +59,18 @@ class Scenes(Exact):
     def _priors(self, marked: Records) -> dict[str, Measure]:
         if not marked:
             return {}
-        aligned = [record for record in marked if self._is_prior(record, record["gold"])]
-        conflict = [record for record in marked if not self._is_prior(record, record["gold"])]
+        aligned = [record for record in marked if self.is_prior(record, record["gold"])]
+        conflict = [record for record in marked if not self.is_prior(record, record["gold"])]
         parts = [share(record["right"] for record in part) for part in (aligned, conflict)]
         return {
             "aligned_accuracy": parts[0],
             "conflict_accuracy": parts[1],
             "balanced_accuracy": mean_of(parts, related=True),
-            "prior_answer_rate": share(self._is_prior(record, record["parsed"]) for record in conflict),
+            "prior_answer_rate": share(self.is_prior(record, record["parsed"]) for record in conflict),
         }
 
-    def _is_prior(self, record: Mapping[str, Any], answer: str | None) -> bool:
+    def is_prior(self, record: Mapping[str, Any], answer: str | None) -> bool:
+        """Whether an answer is what habit says (``meta.prior``)."""
         return answer is not None and self.form(answer, record) == self.form(record["meta"]["prior"], record)
 
 
