@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import torch
+from composer.core import Algorithm, Event
 from torch import nn
 
-from opsin.algorithms.base import VisionAlgorithm
+from opsin.algorithms.base import VisionAlgorithm, unwrap
 from opsin.algorithms.l2t import L2T
 from opsin.algorithms.ross import ROSS
 from opsin.data.batch import split_batch
@@ -98,6 +99,34 @@ class LoudROSS(ROSS):
     def init(self, model: Any, state: Any, logger: Any) -> None:
         super().init(model, state, logger)
         loud(model.net.auxiliary[self.name])
+
+
+class Loud(Algorithm):
+    """Named last: makes every head loud that the methods before it attached, so that all of them pull from the first step."""
+
+    def match(self, event: Event, state: Any) -> bool:
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: Any, logger: Any) -> None:
+        for head in unwrap(state.model).net.auxiliary.values():
+            loud(head)
+
+
+class Refuse(VisionAlgorithm):
+    """Refuses some documents, as a guard does; no loss of its own.
+
+    Args:
+        uids: of the documents.
+    """
+
+    name: ClassVar[str] = "refuse"
+
+    def __init__(self, uids: tuple[int, ...]):
+        self.uids = torch.tensor(uids)
+
+    def after_dataloader(self, model: Any, state: Any, logger: Any) -> None:
+        batch = state.batch
+        batch["refused"] = batch["refused"] | torch.isin(batch["document_uid"], self.uids)
 
 
 class Hide(VisionAlgorithm):
