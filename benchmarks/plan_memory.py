@@ -36,7 +36,7 @@ from opsin.models.parts import parameter_groups, set_trainable
 from opsin.models.tiny import llava_processor, word_tokenizer
 from opsin.models.vlm import VisionLanguageModel
 from opsin.training import compat
-from opsin.training.plan.memory import Memory, Way, memory
+from opsin.training.plan.memory import Memory, MemoryModel, Way
 from opsin.training.plan.methods import workloads
 from opsin.training.plan.plan import seen
 from opsin.training.plan.rehearsal import Shape
@@ -142,12 +142,11 @@ class Peak(Callback):
         self._profile.__enter__()
 
     def _kept(self, state: Any) -> list[torch.Tensor]:
-        """Parameters, buffers that are stored, and what the optimizer keeps."""
+        """Parameters and what the optimizer keeps. (The last step's gradients go before the forward pass.)"""
         states = [
             t for s in state.optimizers[0].state.values() for t in s.values() if isinstance(t, torch.Tensor)
         ]
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return [*self.model.parameters(), *states, *gradients]
+        return [*self.model.parameters(), *states]
 
     def batch_end(self, state: Any, logger: Any) -> None:
         if int(state.timestamp.batch) != 3:
@@ -195,7 +194,7 @@ def measure(cell: Cell, device: str) -> tuple[float, Memory]:
     )
     picture, grid, visual = seen(model)
     labelled = int((batch["labels"] != -100).sum()) * micro // cell.rows
-    shape = Shape(micro, cell.length, labelled, micro, picture, visual, grid)
+    shape = Shape(micro, cell.length, labelled, micro, picture, visual, grid, masked=False)
     way = Way(
         False,
         cell.checkpointing,
@@ -205,7 +204,7 @@ def measure(cell: Cell, device: str) -> tuple[float, Memory]:
         cell.optimizer,
         device == "cpu",
     )
-    predicted = memory(model, workloads({a.name: a for a in algorithms}, model), shape, way)
+    predicted = MemoryModel(model, workloads({a.name: a for a in algorithms}, model))(shape, way)
     trainer.fit()
     trainer.close()
     found = peak.bytes

@@ -34,6 +34,8 @@ def workload(algorithm: ROSS, model: VisionLanguageModel) -> Workload:
 
 def _loss(algorithm: ROSS, dim: int, grids: Grids) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     objective, draws = algorithm.objective, algorithm.draws
+    for device in ("cpu", "meta"):  # laid out by values, which tensors without data do not have
+        Views.of(grids, torch.device(device))
 
     def loss(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         if algorithm.detach:

@@ -19,7 +19,7 @@ from ...models.geometry import PIXEL_KEY
 from ...models.vlm import VisionLanguageModel
 from .load import Load, load_of_batch
 from .methods import MethodOperations, workloads
-from .twins import on_meta, twin
+from .twins import few_layers, on_meta, twin
 
 
 def linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -79,7 +79,10 @@ class StepOperations:
     ):
         self._stored = stored
         self._model, self._algorithms = model, algorithms or {}
-        self._vision = twin(model.net, on_meta) if model.anatomy.family == "llava" else None
+        self._vision: Any = None
+        if model.anatomy.family == "llava":
+            with few_layers(model, 1):
+                self._vision = twin(model.net, on_meta)
         self._pictures: dict[tuple[int, ...], float] = {}
         self._methods: dict[str, MethodOperations] | None = None
 

@@ -16,7 +16,7 @@ from torch import nn
 from ...algorithms.workload import Workload
 from ...models.vlm import VisionLanguageModel
 from .methods import network_of
-from .rehearsal import Shape, peak_of_step
+from .rehearsal import Rehearsal, Shape
 
 STATES = {"sgd": 0, "decoupled_sgdw": 1, "rmsprop": 1, "adagrad": 1}
 """Tensors that an optimizer keeps a weight; two where it is not said (Adam and its kin)."""
@@ -72,38 +72,48 @@ class Way:
     on_cpu: bool = False
 
 
-def memory(model: VisionLanguageModel, works: Mapping[str, Workload], shape: Shape, way: Way) -> Memory:
-    """Memory of one GPU while it trains a micro-batch of a shape in a way."""
-    auxiliary = {id(p) for p in model.net.auxiliary.parameters()}
-    parameters = list(model.parameters())
-    size = lambda ps: float(sum(p.numel() * p.element_size() for p in ps))  # noqa: E731
-    trained = [p for p in parameters if p.requires_grad]
-    share = 1.0 / way.gpus if way.sharded else 1.0
-    weights, gradients = size(parameters) * share, size(trained) * share
-    name = str(way.optimizer.get("name", "adamw"))
-    states = STATES.get(name, 2)
-    if name == "sgd" and way.optimizer.get("momentum"):
-        states = 1
-    kept = states * gradients
-    teachers = [network_of(w.target) for w in works.values() if w.target is not None]
-    frozen = size([p for m in teachers if m is not None for p in m.parameters()])
-    several = way.gpus > 1
-    buckets = gradients if several and not way.sharded else 0.0
-    gathered = _gathered(model, auxiliary, way.autocast) if way.sharded and several else 0.0
-    step = peak_of_step(
-        model,
-        works,
-        shape,
-        checkpointing=way.checkpointing,
-        autocast=way.autocast,
-        low_precision_weights=way.sharded and several and way.autocast,
-        gradients_there=way.accumulated or (way.sharded and several),
-    )
-    update = _update(trained, way, share)
-    during = step + (gradients if way.accumulated or (way.sharded and several) else 0.0)
-    stays = weights + kept + buckets + frozen
-    total = stays + max(during + gathered, gradients + update)
-    return Memory(weights, gradients, kept, buckets, frozen, gathered, step, update, total)
+class MemoryModel:
+    """What a stage needs of each GPU.
+
+    Args:
+        model: of the stage, after its methods' INIT.
+        works: of its methods.
+    """
+
+    def __init__(self, model: VisionLanguageModel, works: Mapping[str, Workload]):
+        self.model, self.works = model, works
+        self._rehearsals: dict[bool, Rehearsal] = {}
+
+    def __call__(self, shape: Shape, way: Way) -> Memory:
+        """Of one GPU while it trains micro-batches of a shape in a way."""
+        model, works = self.model, self.works
+        auxiliary = {id(p) for p in model.net.auxiliary.parameters()}
+        parameters = list(model.parameters())
+        size = lambda ps: float(sum(p.numel() * p.element_size() for p in ps))  # noqa: E731
+        trained = [p for p in parameters if p.requires_grad]
+        share = 1.0 / way.gpus if way.sharded else 1.0
+        weights, gradients = size(parameters) * share, size(trained) * share
+        name = str(way.optimizer.get("name", "adamw"))
+        states = STATES.get(name, 2)
+        if name == "sgd" and way.optimizer.get("momentum"):
+            states = 1
+        kept = states * gradients
+        teachers = [network_of(w.target) for w in works.values() if w.target is not None]
+        frozen = size([p for m in teachers if m is not None for p in m.parameters()])
+        several = way.gpus > 1
+        buckets = gradients if several and not way.sharded else 0.0
+        gathered = _gathered(model, auxiliary, way.autocast) if way.sharded and several else 0.0
+        low, there = way.sharded and several and way.autocast, way.accumulated or (way.sharded and several)
+        if low not in self._rehearsals:
+            self._rehearsals[low] = Rehearsal(model, works, low)
+        step = self._rehearsals[low].peak(
+            shape, checkpointing=way.checkpointing, autocast=way.autocast, gradients_there=there
+        )
+        update = _update(trained, way, share)
+        during = step + (gradients if there else 0.0)
+        stays = weights + kept + buckets + frozen
+        total = stays + max(during + gathered, gradients + update)
+        return Memory(weights, gradients, kept, buckets, frozen, gathered, step, update, total)
 
 
 def _gathered(model: VisionLanguageModel, auxiliary: set[int], autocast: bool) -> float:

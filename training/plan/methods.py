@@ -49,12 +49,13 @@ class MethodOperations:
         if self.work.make_head is None or self.work.loss is None:
             return 0.0
         if grid not in self._heads:
+            loss = self.work.loss([grid])
             with torch.device("meta"):
                 if self._head is None:
                     self._head = self.work.make_head()
                 hidden = torch.empty(grid[0] * grid[1], self.width, requires_grad=True)
                 with FlopCounterMode(display=False) as counter:
-                    self.work.loss([grid])(self._head, hidden).backward()
+                    loss(self._head, hidden).backward()
             self._heads[grid] = float(counter.get_total_flops())
         return self._heads[grid]
 
@@ -76,6 +77,8 @@ def network_of(target: Target) -> nn.Module | None:
 
 def picture_of(target: Target, grid: Grid, patch: int) -> tuple[int, int]:
     """Height and width in pixels of the picture that a target reads for a view of ``patch`` pixels a patch."""
+    if getattr(target, "fixed", False):  # the network takes pictures of its own size only
+        return target.reader.own  # type: ignore[attr-defined]
     side = getattr(target, "image_size", None)
     if side:
         return int(side), int(side)

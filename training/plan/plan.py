@@ -19,9 +19,9 @@ from ..stages import Stage, resolve
 from .flops import StepOperations
 from .hardware import GIB, GPU
 from .load import Assumed, Grid, assumed, load_of_sample
-from .memory import Memory, Way, memory
+from .memory import MemoryModel
 from .methods import network_of, workloads
-from .rehearsal import Shape
+from .ways import remedies, shape_of, ways_of
 
 LATENT_BYTES = 2
 """Stored targets are bfloat16."""
@@ -136,6 +136,9 @@ def make_plan(loaded: Loaded, asked: Asked) -> Plan:
                 f"{stage.where(loaded, 'global_train_batch_size')}: {batch} cannot be dealt to {asked.gpus} GPUs; use a "
                 f"multiple of {asked.gpus}, or --gpus {near[-1] if near else 1}"
             )
+        assumed(
+            run.plan, stage.name, True, partial(loaded.where, "plan")
+        )  # a typo should not wait for a model
         built, algorithms, _ = prepared(loaded, stage, folder, names)
         planned.append(_stage(loaded, stage, built, algorithms, asked))
     return Plan(asked, presets, planned)
@@ -180,9 +183,10 @@ def _stage(
         works = {n: replace(w, target=None) for n, w in works.items()}
     longest = assume.longest_tokens or min(config.max_seq_len, 4096)
     longest = max(longest, round(sample.tokens))
-    shape = _shape(assume, micro, longest, picture, grid, visual)
-    chosen, ways = _ways(loaded, stage, asked, device > micro)
-    found = {name: memory(model, works, shape, way) for name, way in ways.items()}
+    shape = shape_of(assume, micro, longest, picture, grid, visual)
+    chosen, ways = ways_of(loaded, stage, asked.gpus, device > micro)
+    reckon = MemoryModel(model, works)
+    found = {name: reckon(shape, way) for name, way in ways.items()}
     fits = found[chosen].needs() <= asked.gpu.memory
     step = batch * each / (asked.gpus * asked.gpu.peak(run.precision) * asked.mfu)
     steps = _steps(config.max_duration, assume, batch)
@@ -205,7 +209,7 @@ def _stage(
         chosen=chosen,
         memory={name: m.as_dict() for name, m in found.items()},
         fits=fits,
-        remedies=[] if fits else _remedies(chosen, found, ways, model, works, assume, shape, asked),
+        remedies=[] if fits else remedies(chosen, found, ways, reckon, assume, shape, asked.gpu.memory),
         operations_a_sample=by_part,
         operations_a_token=each / sample.tokens,
         operations_a_step=each * batch,
@@ -224,79 +228,6 @@ def _stage(
         latents_a_sample=latents,
         latents={n: size * assume.samples for n, size in latents.items()},
     )
-
-
-def _shape(
-    assume: Assumed, micro: int, longest: int, picture: tuple[int, ...], grid: Grid, visual: int
-) -> Shape:
-    """The micro-batch that memory is for: rows of ``longest`` tokens with a picture each."""
-    pictures = max(1, round(assume.images)) * micro
-    share = assume.labelled_tokens / max(1.0, assume.text_tokens)
-    labelled = round(max(0, longest - visual * pictures // micro) * share) * micro
-    return Shape(micro, longest, max(1, labelled), pictures, picture, visual, grid)
-
-
-def _ways(loaded: Loaded, stage: Stage, asked: Asked, accumulated: bool) -> tuple[str, dict[str, Way]]:
-    """The ways to train that are compared, and the name of the configuration's own."""
-    run, config = loaded.run, stage.config
-    autocast = run.precision.startswith("amp_")
-    found = {}
-    for sharded in (False, True) if asked.gpus > 1 else (False,):
-        for checkpointing in (False, True):
-            name = way_name(sharded, checkpointing, asked.gpus)
-            found[name] = Way(sharded, checkpointing, asked.gpus, autocast, accumulated, config.optimizer)
-    own = bool(run.parallelism_config) and asked.gpus > 1
-    return way_name(own, config.activation_checkpointing, asked.gpus), found
-
-
-def way_name(sharded: bool, checkpointing: bool, gpus: int) -> str:
-    """Such as ``FSDP2 with checkpointing``."""
-    kind = "FSDP2" if sharded else "DDP" if gpus > 1 else "one GPU"
-    return f"{kind}{' with checkpointing' if checkpointing else ''}"
-
-
-def _remedies(
-    chosen: str,
-    found: dict[str, Memory],
-    ways: dict[str, Way],
-    model: VisionLanguageModel,
-    works: Any,
-    assume: Assumed,
-    shape: Shape,
-    asked: Asked,
-) -> list[str]:
-    """Changes after which it fits: another way, or the most thrifty way with a smaller micro-batch."""
-    keys = {
-        (False, True): "activation_checkpointing: true",
-        (True, False): "parallelism_config: {fsdp2: {}}",
-        (True, True): "parallelism_config: {fsdp2: {}} with activation_checkpointing: true",
-    }
-    own, said = ways[chosen], []
-    for name, way in ways.items():
-        if name == chosen or found[name].needs() > asked.gpu.memory:
-            continue
-        new = (way.sharded and not own.sharded, way.checkpointing and not own.checkpointing)
-        if new in keys:
-            said.append(keys[new])
-    if said:
-        return said
-    thrifty = min(ways, key=lambda n: found[n].needs())
-    micro = shape.rows // 2
-    while micro >= 1:
-        smaller = _shape(assume, micro, shape.length, shape.picture, shape.grid, shape.visual)
-        if (
-            memory(model, works, smaller, replace(ways[thrifty], accumulated=True)).needs()
-            <= asked.gpu.memory
-        ):
-            key = keys.get(
-                (
-                    ways[thrifty].sharded and not own.sharded,
-                    ways[thrifty].checkpointing and not own.checkpointing,
-                )
-            )
-            return [f"device_train_microbatch_size: {micro}{f' with {key}' if key else ''}"]
-        micro //= 2
-    return []
 
 
 def _steps(duration: str, assume: Assumed, batch: int) -> int:

@@ -24,7 +24,7 @@ from ...models.geometry import PIXEL_KEY
 from ...models.vlm import VisionLanguageModel
 from .load import Grid
 from .methods import network_of, picture_of, run_network
-from .twins import twin
+from .twins import few_layers, twin
 
 FEW = (2, 3)
 """Decoder layers that are run; the difference is one layer's share."""
@@ -75,6 +75,8 @@ class Shape:
         rows, length: samples, and tokens of each row.
         labelled: tokens that are predicted, of all rows.
         pictures: of all rows, all alike: ``picture`` (3, H, W) with ``visual`` tokens, of which ``grid`` are patches.
+        masked: attention takes a mask, as it does where rows are padded or packed, or images bidirectional; every layer
+            makes a copy of it in the precision of its queries.
     """
 
     rows: int
@@ -84,107 +86,109 @@ class Shape:
     picture: tuple[int, ...]
     visual: int
     grid: Grid
+    masked: bool = True
 
 
-def peak_of_step(
-    model: VisionLanguageModel,
-    works: Mapping[str, Workload],
-    shape: Shape,
-    *,
-    checkpointing: bool,
-    autocast: bool,
-    low_precision_weights: bool = False,
-    gradients_there: bool = False,
-) -> float:
-    """Most bytes alive during forward and backward of a micro-batch, beyond weights and what an optimizer keeps.
+class Rehearsal:
+    """A model's step on tensors without data.
 
     Args:
         model: on any device; nothing of it is changed.
         works: of its methods; a target in it is computed in the step.
-        shape: of the micro-batch.
-        checkpointing: decoder layers are recomputed in the backward pass.
-        autocast: to bfloat16.
         low_precision_weights: weights are bfloat16 where they are used, as FSDP2 gathers them.
-        gradients_there: gradients exist already and are none of what is counted (a later micro-batch of a step); else
-            those that the pass makes are counted.
     """
-    layers = len(model.anatomy.decoder_layers(model.hf))
-    options = {
-        "checkpointing": checkpointing,
-        "autocast": autocast,
-        "low_precision_weights": low_precision_weights,
-        "gradients_there": gradients_there,
-    }
-    if layers <= FEW[1]:
-        return _peak(model, works, shape, layers, **options)
-    few, more = (_peak(model, works, shape, count, **options) for count in FEW)
-    return few + (layers - FEW[0]) * (more - few)
 
+    def __init__(
+        self, model: VisionLanguageModel, works: Mapping[str, Workload], low_precision_weights: bool = False
+    ):
+        self.works = works
+        self.layers = len(model.anatomy.decoder_layers(model.hf))
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-def _peak(
-    model: VisionLanguageModel,
-    works: Mapping[str, Workload],
-    shape: Shape,
-    layers: int,
-    *,
-    checkpointing: bool,
-    autocast: bool,
-    low_precision_weights: bool,
-    gradients_there: bool,
-) -> float:
-    losses = {name: work.loss([shape.grid] * shape.pictures) for name, work in works.items() if work.loss}
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+        def fake(tensor: torch.Tensor) -> torch.Tensor:
+            low = low_precision_weights and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            return torch.empty(tensor.shape, dtype=torch.bfloat16 if low else tensor.dtype, device="cpu")
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        low = low_precision_weights and tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
-        return torch.empty(tensor.shape, dtype=torch.bfloat16 if low else tensor.dtype, device="cpu")
-
-    with mode:
-        net: Any = twin(model.net, fake)
-        heads = {
-            n: work.make_head() for n, work in works.items() if work.make_head is not None and n in losses
-        }
-        if low_precision_weights:
-            heads = {name: head.to(torch.bfloat16) for name, head in heads.items()}
         networks = {n: network_of(work.target) for n, work in works.items() if work.target is not None}
-        teachers = {n: twin(m, fake) for n, m in networks.items() if m is not None}
-    decoder: Any = net.anatomy.decoder(net.hf)
-    parent, _, name = net.anatomy.layers.rpartition(".")
-    setattr(decoder.get_submodule(parent), name, nn.ModuleList(net.anatomy.decoder_layers(net.hf)[:layers]))
-    net.train()
-    if checkpointing:
-        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        decoder.gradient_checkpointing_disable()
-    modules = [net, *heads.values(), *teachers.values()]
-    known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    if gradients_there:
-        for parameter in (p for p in known if isinstance(p, nn.Parameter) and p.requires_grad):
-            with mode:
-                parameter.grad = torch.empty_like(parameter)
-            known = [*known, parameter.grad]
-    with mode:
-        inputs = _inputs(shape, next(net.hf.parameters()).dtype)
-    known += list(inputs.values())
-    with mode, Tracker(known) as tracker:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = _forward(net, inputs, shape)
-            for method, make in losses.items():
-                work = works[method]
-                if method in teachers and work.target is not None:
-                    _teach(teachers[method], work, shape, net)
-                patches = loss.hidden.flatten(0, 1)[inputs["patches"]]
-                if method in heads:
-                    loss.total = loss.total + make(heads[method], patches)
-        hidden_total, loss = loss.total, None
-        hidden_total.backward()
-    return float(tracker.peak)
+        with self.mode, few_layers(model, FEW[1]):
+            self.net: Any = twin(model.net, fake)
+            made = {
+                n: w.make_head() for n, w in works.items() if w.make_head is not None and w.loss is not None
+            }
+            self.heads = {
+                n: head.to(torch.bfloat16) if low_precision_weights else head for n, head in made.items()
+            }
+            self.teachers = {n: twin(m, fake).eval() for n, m in networks.items() if m is not None}
+        self.net.train()
 
+    def peak(
+        self, shape: Shape, *, checkpointing: bool, autocast: bool, gradients_there: bool = False
+    ) -> float:
+        """Most bytes alive during forward and backward of a micro-batch, beyond weights and what an optimizer keeps.
 
-@dataclass
-class _Pass:
-    total: torch.Tensor
-    hidden: torch.Tensor
+        Args:
+            shape: of the micro-batch.
+            checkpointing: decoder layers are recomputed in the backward pass.
+            autocast: to bfloat16.
+            gradients_there: gradients exist already and are none of what is counted (a later micro-batch of a step);
+                else those that the pass makes are counted.
+        """
+        decoder: Any = self.net.anatomy.decoder(self.net.hf)
+        if checkpointing:
+            decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            decoder.gradient_checkpointing_disable()
+        if self.layers <= FEW[1]:
+            return self._peak(shape, self.layers, autocast, gradients_there)
+        few, more = (self._peak(shape, count, autocast, gradients_there) for count in FEW)
+        return few + (self.layers - FEW[0]) * (more - few)
+
+    def _peak(self, shape: Shape, layers: int, autocast: bool, gradients_there: bool) -> float:
+        losses = {
+            n: w.loss([shape.grid] * shape.pictures) for n, w in self.works.items() if w.loss is not None
+        }
+        parameters = [
+            p for m in (self.net, *self.heads.values(), *self.teachers.values()) for p in m.parameters()
+        ]
+        buffers = [b for m in (self.net, *self.heads.values(), *self.teachers.values()) for b in m.buffers()]
+        with self.mode:
+            for parameter in parameters:
+                there = gradients_there and parameter.requires_grad
+                parameter.grad = torch.empty_like(parameter) if there else None
+            inputs = _inputs(shape, next(self.net.hf.parameters()).dtype)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        tracker = Tracker([*parameters, *buffers, *gradients, *inputs.values()])
+        with few_layers(self.net, layers), self.mode, tracker:  # type: ignore[arg-type]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                total = self._forward(shape, inputs, losses)
+            total.backward()
+        for parameter in parameters:
+            parameter.grad = None
+        return float(tracker.peak)
+
+    def _forward(
+        self, shape: Shape, inputs: dict[str, torch.Tensor], losses: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Loss of model and methods, as the trainer has them one after the other."""
+        total, hidden = _model_loss(self.net, inputs, shape)
+        for method, loss in losses.items():
+            if method in self.teachers:
+                self._teach(method, shape)
+            if method in self.heads:
+                total = total + loss(self.heads[method], hidden.flatten(0, 1)[inputs["patches"]])
+        return total
+
+    def _teach(self, method: str, shape: Shape) -> None:
+        """A target's network on the pictures of a micro-batch, as many at once as it takes."""
+        target, teacher = self.works[method].target, self.teachers[method]
+        assert target is not None
+        vision = getattr(self.net.hf.config, "vision_config", None)
+        patch = int(getattr(vision, "patch_size", 14))
+        count = max(1, min(shape.pictures, target.pictures_at_once))
+        dtype = next(teacher.parameters()).dtype
+        pixels = torch.empty(count, 3, *picture_of(target, shape.grid, patch), dtype=dtype)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            run_network(teacher, pixels)
 
 
 def _inputs(shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -200,33 +204,19 @@ def _inputs(shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return made
 
 
-def _forward(net: Any, inputs: dict[str, torch.Tensor], shape: Shape) -> _Pass:
-    """What ``VisionLanguageNet.forward`` and a LLaVA's body do, without looking at values."""
+def _model_loss(net: Any, inputs: dict[str, torch.Tensor], shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``VisionLanguageNet.forward`` and a LLaVA's body do, without looking at values: loss, and last hidden states."""
     hf, anatomy = net.hf, net.anatomy
     features = anatomy.image_features(hf, {PIXEL_KEY: inputs["pixels"]})
     embeddings = hf.get_input_embeddings()(inputs["input_ids"])
     place = torch.ones(shape.rows, shape.length, 1, dtype=torch.bool).expand_as(embeddings)
     embeddings = embeddings.masked_scatter(place, features.to(embeddings.dtype))
-    mask = torch.ones(shape.rows, 1, shape.length, shape.length, dtype=torch.bool)
-    out = anatomy.decoder(hf)(
-        inputs_embeds=embeddings,
-        attention_mask=mask,
-        position_ids=inputs["positions"],
-        use_cache=False,
-        return_dict=True,
-    )
+    attention: dict[str, torch.Tensor] = {}
+    if shape.masked:
+        mask = torch.ones(shape.rows, 1, shape.length, shape.length, dtype=torch.bool)
+        attention = {"attention_mask": mask, "position_ids": inputs["positions"]}
+    decoder = anatomy.decoder(hf)
+    out = decoder(inputs_embeds=embeddings, use_cache=False, return_dict=True, **attention)
     hidden = out.last_hidden_state
     logits = anatomy.head(hf, hidden.flatten(0, 1)[inputs["labels"]]).float()
-    return _Pass(F.cross_entropy(logits, inputs["targets"], reduction="none").sum(), hidden)
-
-
-def _teach(teacher: nn.Module, work: Workload, shape: Shape, net: Any) -> None:
-    """A target's network on the pictures of a micro-batch, as many at once as it takes."""
-    assert work.target is not None
-    vision = getattr(net.hf.config, "vision_config", None)
-    patch = int(getattr(vision, "patch_size", 14))
-    count = max(1, min(shape.pictures, work.target.pictures_at_once))
-    dtype = next(teacher.parameters()).dtype
-    pixels = torch.empty(count, 3, *picture_of(work.target, shape.grid, patch), dtype=dtype)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        run_network(teacher, pixels)
+    return F.cross_entropy(logits, inputs["targets"], reduction="none").sum(), hidden

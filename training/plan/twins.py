@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from ...models.vlm import VisionLanguageModel
 
 
 def twin(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -23,3 +26,16 @@ def twin(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> nn.
 def on_meta(tensor: torch.Tensor) -> torch.Tensor:
     """An empty tensor of the same shape and dtype on the meta device."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+@contextmanager
+def few_layers(model: VisionLanguageModel, count: int) -> Iterator[None]:
+    """The decoder has its first layers alone, so that a copy of the model is quickly made."""
+    parent, _, name = model.anatomy.layers.rpartition(".")
+    owner = model.anatomy.decoder(model.hf).get_submodule(parent)
+    layers = model.anatomy.decoder_layers(model.hf)
+    setattr(owner, name, nn.ModuleList(layers[:count]))
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
