@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from ..models.errors import UserError, nearest
-from .compatibility import hold
+from .compatibility_check import hold
 from .config import Loaded
 from .registry import Registry, optimizers, schedulers
 from .registry import algorithms as algorithm_registry

@@ -31,7 +31,7 @@ from .builders import (
     place_in,
     used_nowhere,
 )
-from .compatibility import hold, print_warnings
+from .compatibility_check import hold, print_warnings
 from .config import Loaded
 from .preflight import print_methods
 from .prepare import refuse_specs

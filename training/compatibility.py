@@ -11,15 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from rich.console import Console
-
-from ..algorithms.base import VisionAlgorithm
 from ..models.anatomy import CAPABILITIES
 from ..models.attention import TAKE_MASKS
-from ..models.errors import UserError, nearest
-from .config import Loaded
-from .schema import StageConfig
+from ..models.errors import nearest
 
 OK, WARNING, REFUSED = "ok", "warning", "refused"
 
@@ -93,14 +87,14 @@ def lacking(facts: Mapping[str, Any], family_lacks: Mapping[str, str]) -> dict[s
         found.update(
             {
                 c: (
-                    _said("attn_implementation", implementation),
+                    said("attn_implementation", implementation),
                     f"{implementation} takes no mask of ours; use sdpa, eager or flex_attention",
                 )
                 for c in CAPABILITIES
             }
         )
     for capability, why in family_lacks.items():
-        found[capability] = (_said("family", facts.get("family")), why)
+        found[capability] = (said("family", facts.get("family")), why)
     return found
 
 
@@ -112,7 +106,7 @@ def of_run(facts: Mapping[str, Any], family_lacks: Mapping[str, str]) -> list[Ve
     for capability, (key, value) in asks.items():
         if capability in lacks and facts.get(key) == value:
             setting, why = lacks[capability]
-            verdicts.append(Verdict(REFUSED, f"{_said(key, value)} and {setting}", why))
+            verdicts.append(Verdict(REFUSED, f"{said(key, value)} and {setting}", why))
     if "branches" in lacks and facts.get("turns") == "meta":
         setting, why = lacks["branches"]
         verdicts.append(
@@ -121,9 +115,9 @@ def of_run(facts: Mapping[str, Any], family_lacks: Mapping[str, str]) -> list[Ve
             )
         )
     for conditions, (status, why) in SETTINGS.items():
-        held = _conditions(conditions)
-        if all(name in facts and _holds(facts[name], equal, value) for name, equal, value in held):
-            verdicts.append(Verdict(status, " and ".join(_said(n, v) for n, _, v in held), why))
+        held = parsed(conditions)
+        if all(name in facts and holds(facts[name], equal, value) for name, equal, value in held):
+            verdicts.append(Verdict(status, " and ".join(said(n, v) for n, _, v in held), why))
     return verdicts
 
 
@@ -162,7 +156,7 @@ def of_method(
     stages = getattr(method, "stages", None)
     if stages is not None and facts.get("stage") in ("align", "instruct") and facts["stage"] not in stages:
         verdicts.append(
-            Verdict(WARNING, _said("stage", facts["stage"]), f"its paper uses it in {' and '.join(stages)}")
+            Verdict(WARNING, said("stage", facts["stage"]), f"its paper uses it in {' and '.join(stages)}")
         )
     return verdicts
 
@@ -175,16 +169,16 @@ def _met(
     keyword: Callable[[str], Any] | None,
 ) -> tuple[str, str] | None:
     """(settings, keywords) for which all conditions hold; None: one does not."""
-    said, only = [], []
-    for name, equal, value in _conditions(conditions):
+    found, only = [], []
+    for name, equal, value in parsed(conditions):
         if name in DEFAULTS or name in ("family", "stage"):
-            if name not in facts or not _holds(facts[name], equal, value):
+            if name not in facts or not holds(facts[name], equal, value):
                 return None
-            said.append(_said(name, facts[name]))
+            found.append(said(name, facts[name]))
             continue
         try:
             current = facts[name] if name in facts else _look(setting, name)
-            said.append(_said(name, current))
+            found.append(said(name, current))
         except LookupError:
             if keyword is None:
                 only.append(f"{name}: {value}" if equal else f"{name} other than {value}")
@@ -196,9 +190,9 @@ def _met(
                     f"{method}: '{conditions}' names '{name}', no setting and no keyword"
                 ) from error
             only.append(f"{name}: {value}" if equal else f"{name} other than {value}")
-        if not _holds(current, equal, value):
+        if not holds(current, equal, value):
             return None
-    return " and ".join(said), ", ".join(only)
+    return " and ".join(found), ", ".join(only)
 
 
 def _look(setting: Callable[[str], Any] | None, name: str) -> Any:
@@ -207,7 +201,7 @@ def _look(setting: Callable[[str], Any] | None, name: str) -> Any:
     return setting(name)
 
 
-def _conditions(text: str) -> list[tuple[str, bool, str]]:
+def parsed(text: str) -> list[tuple[str, bool, str]]:
     """``a=b, c!=d`` as (name, whether equal, value)."""
     found = []
     for one in text.split(","):
@@ -216,107 +210,12 @@ def _conditions(text: str) -> list[tuple[str, bool, str]]:
     return found
 
 
-def _holds(current: Any, equal: bool, value: str) -> bool:
+def holds(current: Any, equal: bool, value: str) -> bool:
+    """Whether a value is, or is not, what a condition says; case does not matter."""
     return (str(current).lower() == value.lower()) == equal
 
 
-def _said(name: str, value: Any) -> str:
+def said(name: str, value: Any) -> str:
+    """A setting as in a YAML."""
     shown = str(value).lower() if isinstance(value, bool) else value
     return f"{KEYS.get(name, name)}: {shown}"
-
-
-# A run, held against it ----------------------------------------------------------------------------------------
-
-
-def facts_of(
-    loaded: Loaded, config: StageConfig, stage: str, model: Any = None, here: bool = False
-) -> dict[str, Any]:
-    """Settings of a stage by name; what only a built model or the machine of the run tells is left out without."""
-    run = loaded.run
-    parallel = run.parallelism_config or {}
-    facts: dict[str, Any] = {
-        "packing": config.train_loader.packing,
-        "turns": config.train_loader.turns,
-        "lora": config.peft_config is not None,
-        "fsdp2": "fsdp2" in parallel,
-        "compile": config.compile not in (False, None),
-        "activation_checkpointing": config.activation_checkpointing,
-        "precision": run.precision,
-        "stage": stage,
-    }
-    if run.device is not None or here:
-        facts["device"] = run.device or ("gpu" if torch.cuda.is_available() else "cpu")
-    for key in ("attn_implementation", "bidirectional_images"):
-        if run.model.get(key) is not None:
-            facts[key] = run.model[key]
-    if model is not None:
-        facts["family"] = model.anatomy.family
-        facts["attn_implementation"] = model.anatomy.decoder(model.hf).config._attn_implementation
-        facts["bidirectional_images"] = model.net.bidirectional_images
-    return facts
-
-
-def hold(
-    loaded: Loaded,
-    config: StageConfig,
-    stage: str,
-    algorithms: Mapping[str, Any],
-    model: Any = None,
-    here: bool = False,
-) -> list[str]:
-    """Hold a stage against the table.
-
-    Args:
-        loaded: the configuration.
-        config, stage: the stage's keys and name.
-        algorithms: its methods by name, built.
-        model: built (also on the meta device); None: only what the configuration tells is looked at.
-        here: it is to be trained on this machine.
-
-    Returns:
-        warnings, a line each, with their place.
-
-    Raises:
-        UserError: something is refused.
-    """
-    facts = facts_of(loaded, config, stage, model, here)
-    lacks = {} if model is None else getattr(model.anatomy, "refuses", {})
-
-    def setting(key: str) -> Any:
-        current: Any = config if hasattr(config, key.split(".")[0]) else loaded.run
-        for part in key.split("."):
-            if isinstance(current, Mapping) and part in current:
-                current = current[part]
-            elif not isinstance(current, Mapping) and hasattr(current, part):
-                current = getattr(current, part)
-            else:
-                raise LookupError(key)
-        return current
-
-    warned = []
-    for verdict in of_run(facts, lacks):
-        if verdict.status == REFUSED:
-            raise UserError(f"stage {stage}: {verdict.setting} do not go together ({verdict.why})")
-        warned.append(f"stage {stage}: {verdict.setting}: {verdict.why}")
-    for name, algorithm in algorithms.items():
-        if isinstance(algorithm, VisionAlgorithm) and algorithm.is_off():
-            continue
-        place = loaded.where("algorithms", name)
-
-        def keyword(key: str, algorithm: Any = algorithm) -> Any:
-            if not hasattr(algorithm, key):
-                raise LookupError(key)
-            return getattr(algorithm, key)
-
-        for verdict in of_method(algorithm, facts, lacks, setting, keyword):
-            only = f" with {verdict.only}" if verdict.only else ""
-            if verdict.status == REFUSED:
-                raise UserError(f"{place}{only}: {verdict.line()}")
-            warned.append(f"{place}{only}: {verdict.line()}")
-    return warned
-
-
-def print_warnings(console: Console, warnings: list[str]) -> None:
-    """A line each, before anything is trained."""
-    for warning in warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from ..models.anatomy import CAPABILITIES, anatomy_of, families
 from ..models.attention import TAKE_MASKS
 from .compatibility import DEFAULTS, NEEDS, OK, REFUSED, SETTINGS, Verdict, of_method, of_run
+from .composer_rules import RULES as COMPOSERS
 from .registry import METHODS, algorithms
 
 ATTENTION = (*TAKE_MASKS, "flash_attention_2")
@@ -41,6 +42,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 def lacks_of(family: str) -> Mapping[str, str]:
     """What a family lacks (``Anatomy.refuses``), from its default configuration."""
+    from ..models import own_llava as own_llava  # a family of our own, which transformers learns of there
+
     return getattr(anatomy_of(SimpleNamespace(config=AutoConfig.for_model(family))), "refuses", {})
 
 
@@ -144,6 +147,19 @@ def page() -> str:
         ),
         "",
         *(f"* {conditions.replace(',', ' and').replace('=', ': ')}: {state}: {why}." for conditions, (state, why) in SETTINGS.items()),
+        "",
+        "## Composer's own algorithms",
+        "",
+        "By their names in a YAML; all others are left to Composer.",
+        "",
+        *_table(
+            ["", "when", "", "why"],
+            [
+                [f"`{name}`", conditions.replace("=", ": ") or "always", state, why]
+                for name, rules in COMPOSERS.items()
+                for conditions, (state, why) in rules.items()
+            ],
+        ),
         "",
         "## Notes",
         "",

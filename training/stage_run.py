@@ -29,7 +29,7 @@ from ..models.parts import parameter_groups, set_trainable
 from ..models.vlm import VisionLanguageModel
 from . import checkpoints as saved
 from .builders import algorithms_of_stage, build_optimizer, build_scheduler, construct, mapped, named
-from .compatibility import hold, print_warnings
+from .compatibility_check import hold, print_warnings
 from .config import Loaded
 from .guards import EveryParameterTrained, RestoreRandomState, SkippedSamples
 from .init_weights import is_checkpoint, load_weights

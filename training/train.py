@@ -14,7 +14,7 @@ from ..models.errors import UserError
 from . import compat, wall_time
 from .builders import used_nowhere
 from .check import refuse_mistakes
-from .compatibility import print_warnings
+from .compatibility_check import print_warnings
 from .config import Loaded
 from .prepare import prepare
 from .run_folder import RunFolder
