@@ -1,0 +1,267 @@
+"""Studies: the grid of cells, what they share, runs side by side, and going on after a kill."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsin.models.errors import UserError
+from opsin.training import cli
+from opsin.training.study.executor import Planned, _Board
+from opsin.training.study.runs import Run, runs_of, same_as
+from opsin.training.study.spec import Cell, grid, load_study, of_toggles
+
+import runs
+
+METHODS = ["jarvis", "l2t", "ross", "vift"]
+SUITES = {
+    "batch_size": 32,
+    "suites": {
+        "scenes": {"split": "uniform", "samples": 12, "seed": 18, "objects": [1, 2], "charts": 0, "sign": 0, "kinds": ["colour", "size"]},
+    },
+}  # fmt: skip
+
+
+def study(**more: Any) -> Any:
+    return of_toggles(
+        ["base.yaml"],
+        ["max_duration=3ba"],
+        METHODS,
+        subsets="all",
+        seeds=[1, 2],
+        overlays={},
+        evaluation=["e.yaml"],
+        **more,
+    )
+
+
+def test_all_subsets_are_cells_and_differ_in_toggles_alone() -> None:
+    cells = grid(study())
+    expected = [c for size in range(5) for c in itertools.combinations(METHODS, size)]
+    assert [c.methods for c in cells] == expected and cells[0].role == "baseline"
+    for cell in cells:
+        on = [f"algorithms.{m}={'true' if m in cell.methods else 'false'}" for m in METHODS]
+        assert (
+            cell.files == ("base.yaml",)
+            and cell.arguments == ("max_duration=3ba", *on)
+            and cell.seeds == (1, 2)
+        )
+
+
+@pytest.mark.parametrize(("subsets", "count"), [("singles", 5), ("pairs", 11), ("all", 16)])
+def test_subsets(subsets: str, count: int) -> None:
+    wanted = of_toggles(
+        ["b.yaml"], [], METHODS, subsets=subsets, seeds=[1], overlays={"half": ["half.yaml"]}, evaluation=[]
+    )
+    cells = grid(wanted)
+    assert len(cells) == count + 1 and len({c.name for c in cells}) == len(cells)
+    half = next(c for c in cells if c.name == "half")
+    assert half.files == ("b.yaml", "half.yaml") and half.methods == () and half.role == "control"
+    assert "algorithms.ross=false" in half.arguments
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"base": []}, "study: base: needs at least one YAML"),
+        ({"cells": {}}, "nothing is held against the baseline"),
+        ({"seeds": [1, 1]}, r"study: seeds: \[1, 1\]"),
+        ({"cells": {"x": {"rolle": "single"}}}, r"cells\.x\.rolle: unknown key; did you mean 'role'"),
+        ({"cells": {"x": {"role": "controll"}}}, r"cells\.x\.role: 'controll': unknown; did you mean 'control'"),
+        ({"cells": {"x": {"placebo_of": "rosss"}, "ross": {}}}, r"placebo_of: no other cell 'rosss'; did you mean 'ross'"),
+        ({"cells": {"x": {"matched_to": "x"}}}, r"matched_to: no other cell 'x'"),
+        ({"cells": {"x": {"seeds": 3}}}, r"cells\.x\.seeds: 3: the study has 2"),
+        ({"cells": {"../x": {}}}, "use a plain name"),
+        ({"factorial": ["ross"], "cells": {"ross": {}}}, r"cells\.ross: is a cell of the factorial already"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_study_is_one_line(tmp_path: Path, body: dict[str, Any], message: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({"base": ["b.yaml"], "seeds": [1, 2], "cells": {"a": {}}, **body}))
+    with pytest.raises(UserError, match=message) as refused:
+        load_study([str(file)])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["b.yaml", "--toggle", "rosss"], "--toggle rosss: unknown method; did you mean 'ross'"),
+        (["b.yaml", "--toggle", "ross", "ross"], "a method is named twice"),
+        (
+            ["b.yaml", "--toggle", "ross", "--subsets", "single"],
+            "--subsets 'single': unknown; did you mean 'singles'",
+        ),
+        (["b.yaml", "--toggle", "ross", "--overlay", "x"], "use NAME=YAML"),
+        (["b.yaml", "--toggle", "ross", "--primary", "x"], "use SUITE/MEASURE"),
+        (["b.yaml", "--toggle", "ross"], "gives no YAML of `opsin eval`"),
+    ],
+)
+def test_what_is_typed_wrong_is_one_line(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cli, "_debug", False)
+    monkeypatch.setattr("sys.argv", ["opsin", "ablate", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and message in said and said.count("\n") == 1
+
+
+class Stage:
+    def __init__(self, identity: str):
+        self.identity = identity
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(1, 4), st.randoms())
+def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: int, chance: Any) -> None:
+    plans = [
+        Planned(
+            Run(Cell(f"c{i}", (), (), (), "single", (1,)), 1, Path("x"), ()),
+            [Stage(s), Stage(f"last{i}")],
+            "",
+        )  # type: ignore[list-item]
+        for i, s in enumerate(shared)
+    ]
+    told: list[str] = []
+    board = _Board(list(plans), lambda run, answer: told.append(run.name))
+    import opsin.training.study.executor as executor
+
+    stock, executor.finished = executor.finished, lambda run, stage: True
+    working: list[Planned] = []
+    try:
+        while board.waiting or working:
+            # Only take while something can be taken: a single thread must not wait for itself.
+            busy = {p.stages[0].identity for p in working if p.stages[0].identity in board.making}
+            free = [
+                p
+                for p in board.waiting
+                if p.stages[0].identity in board.made or p.stages[0].identity not in busy
+            ]
+            if len(working) < hands and free:
+                taken = board.take()
+                assert taken is not None
+                first = taken.stages[0].identity
+                assert first in board.made or [p for p in working if p.stages[0].identity == first] == []
+                working.append(taken)
+                continue
+            ended = working.pop(chance.randrange(len(working)))
+            board.give(ended, {"status": "done"})
+    finally:
+        executor.finished = stock
+    assert sorted(told) == sorted(p.run.name for p in plans) and not board.making
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, scenes: str) -> Path:
+    """A base with two stages and two methods that are toggled, and questions to ask."""
+    folder = tmp_path_factory.mktemp("study")
+    captions = runs.write_scenes(folder / "captions", 32, stream="caption")
+    text = runs.write_scenes(folder / "text", 32, stream="text")
+    stages = {
+        "align": {"max_duration": "3ba", "chat_template": "plain", "train_loader": {"num_workers": 0, "dataset": {"remote": captions}}},
+        "instruct": {"max_duration": "4ba"},
+    }  # fmt: skip
+    methods = {"l2t": {"template_source": "none", "enabled": False}, "vift": {"enabled": False}}
+    runs.config_file(folder, scenes, "base.yaml", stages=stages, algorithms=methods, save_interval="100ba")
+    streams = {"captions": {"remote": captions, "kind": "caption"}, "text": {"remote": text, "kind": "text"}}
+    mixed = {"stages": {"instruct": {"train_loader": {"dataset": {"remote": None, "streams": streams}}}}}
+    (folder / "mixed.yaml").write_text(yaml.safe_dump(mixed))
+    (folder / "suites.yaml").write_text(yaml.safe_dump(SUITES))
+    return folder
+
+
+def test_a_cell_that_is_another_one_is_not_trained(base: Path, tmp_path: Path) -> None:
+    files = [str(base / "base.yaml"), str(base / "mixed.yaml")]
+    wanted = of_toggles(
+        files,
+        [],
+        ["l2t", "vift"],
+        subsets="all",
+        seeds=[1, 2],
+        overlays={},
+        evaluation=[str(base / "suites.yaml")],
+    )
+    equal = same_as(runs_of(wanted, tmp_path))
+    assert (
+        list(equal) == ["l2t+vift"]
+        and equal["l2t+vift"][0] == "vift"
+        and "l2t does nothing beside vift" in equal["l2t+vift"][1]
+    )
+    both = of_toggles(
+        files,
+        ["algorithms.l2t.on_text_only=true"],
+        ["l2t", "vift"],
+        subsets="all",
+        seeds=[1],
+        overlays={},
+        evaluation=[],
+    )
+    assert same_as(runs_of(both, tmp_path)) == {}
+
+
+def command(base: Path, out: Path) -> list[str]:
+    toggles = ["--toggle", "l2t", "--seeds", "2", "--jobs", "1", "--evaluation", str(base / "suites.yaml")]
+    return ["ablate", str(base / "base.yaml"), *toggles, "--out", str(out)]
+
+
+def study_cells(out: Path) -> dict[str, dict[str, Any]]:
+    return {f"{c['name']}-{c['seed']}": c for c in json.loads((out / "study.json").read_text())["cells"]}
+
+
+def test_a_study_is_trained_asked_and_reported_and_goes_on_after_a_kill(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opsin.training.cli", *command(base, out)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    first = out / "cells" / "baseline-17" / "cell.json"
+    try:
+        deadline = time.monotonic() + 240
+        while not first.is_file():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+    kept = (
+        first.read_bytes(),
+        (out / "runs" / "baseline-17" / "model" / "model.safetensors").stat().st_mtime_ns,
+    )
+    monkeypatch.setattr(cli, "_debug", False)
+    monkeypatch.setattr("sys.argv", ["opsin", *command(base, out)])
+    cli.main()
+    assert kept == (
+        first.read_bytes(),
+        (out / "runs" / "baseline-17" / "model" / "model.safetensors").stat().st_mtime_ns,
+    )
+    cells = study_cells(out)
+    assert list(cells) == ["baseline-17", "l2t-17", "baseline-18", "l2t-18"]
+    assert {c["status"] for c in cells.values()} == {"done"}
+    assert all(c["cost"]["steps"] == 7 and c["cost"]["seconds"] > 0 for c in cells.values())
+    taken = json.loads((out / "runs" / "l2t-17" / "stages" / "align" / "done.json").read_text())
+    assert "baseline-17" in taken["taken_from"]
+    assert (out / "report.html").is_file() and (out / "ablation.json").is_file()
+    for name in cells:
+        assert json.loads((out / "cells" / name / "scores.json").read_text())["suites"]["scenes"]["measures"]
+    # Results of other settings are not taken for these.
+    with pytest.raises(SystemExit) as left:
+        monkeypatch.setattr("sys.argv", ["opsin", *command(base, out), "max_duration=5ba"])
+        cli.main()
+    assert left.value.code == 2
