@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
 
 from ...models.vlm import VisionLanguageModel
 from ..workload import Grids, Workload
+from .functional import prediction_losses
 from .heads import JarvisHead
 from .jarvis import JARVIS
 
@@ -28,9 +30,14 @@ def workload(algorithm: JARVIS, model: VisionLanguageModel) -> Workload:
 
     def loss(grids: Grids) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
         count = max(1, round(share * sum(rows * columns for rows, columns in grids)))
-        return lambda head, hidden: (
-            head.predict(hidden[:count]) - torch.empty(count, dim, device=hidden.device)
-        ).sum()  # type: ignore[operator]
+
+        def of_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            predicted = cast(JarvisHead, head).predict(hidden[:count])
+            return prediction_losses(
+                predicted, torch.empty(count, dim, device=hidden.device), algorithm.loss
+            ).sum()
+
+        return of_head
 
     second = algorithm.tap if algorithm.branch else 0
     return Workload(
