@@ -21,6 +21,8 @@ from .schema import InitFrom, StageConfig
 
 _WITHOUT_EFFECT = ("eval_loaders", "eval_interval")
 """Keys that do not change what a stage learns."""
+_CALLBACKS_WITHOUT_EFFECT = ("loss_ledger", "non_finite")
+"""What only watches; of ``non_finite``, that a run may go on past a bad batch with another policy."""
 _LOADER_WITHOUT_EFFECT = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "timeout")
 _DATASET_WITHOUT_EFFECT = (
     "local",
@@ -121,7 +123,7 @@ def _identity(loaded: Loaded, stage: Stage, before: list[Stage]) -> str:
         "precision": loaded.run.precision,
         "model": _content(loaded.run.model),
         "load_path": _content(loaded.run.load_path),
-        "callbacks": loaded.run.callbacks,
+        "callbacks": {k: v for k, v in loaded.run.callbacks.items() if k not in _CALLBACKS_WITHOUT_EFFECT},
         "stage": settings,
         "algorithms": {
             name: {k: _content(v) for k, v in keywords.items() if k not in RESERVED}
