@@ -178,7 +178,7 @@ class Bench:
         self.model = VisionLanguageModel(built.hf, built.processor, bidirectional_images=bidirectional)
         loader = SimpleNamespace(collate_fn=self.collator, dataset=None)
         self.state: Any = SimpleNamespace(
-            model=self.model, optimizers=[], rank_zero_seed=3, train_dataloader=loader,
+            model=self.model, optimizers=[], rank_zero_seed=3, train_dataloader=loader, dataloader=loader,
             timestamp=SimpleNamespace(batch=0),
         )  # fmt: skip
         self.logger: Any = MagicMock()
