@@ -177,8 +177,7 @@ def model_inputs(model: VisionLanguageModel, batch: dict[str, Any]) -> dict[str,
     """What the Hugging Face model itself takes of a batch; positions it finds by itself."""
     keys = ("input_ids", "attention_mask", PIXEL_KEY, *PER_IMAGE_KEYS)
     arguments = {k: batch[k] for k in keys if k in batch}
-    if model.anatomy.token_types:
-        arguments["mm_token_type_ids"] = (batch["image_ids"] >= 0).int()
+    arguments.update(model.anatomy.types(batch))
     return arguments
 
 

@@ -32,7 +32,7 @@ CAPABILITIES = {
 }
 """What a family may refuse (``Anatomy.refuses``), and what each means."""
 
-_FAMILY_MODULES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "idefics3", "internvl")
+_FAMILY_MODULES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "idefics3", "internvl", "gemma3")
 _FAMILIES: dict[str, tuple[Callable[[Any], Anatomy], type[ImageEncoder]]] = {}
 
 
@@ -50,7 +50,9 @@ class Anatomy:
         dummy: (hf, device, dtype) -> pixel arguments of the smallest legal image.
         body: path of the model without its head, which joins image features and text.
         layers: path of the decoder layers inside the language model.
-        token_types: ``generate`` wants to be told which tokens are visual (transformers 5, M-RoPE families).
+        token_types: argument by which ``generate`` and ``forward`` of the whole model want to be told which tokens
+            are visual (M-RoPE families from transformers 5 on, Gemma 3); None: they find out.
+        bidirectional_images: by the family's own rule, visual tokens see all tokens of their image.
         refuses: what the family cannot do (keys of ``CAPABILITIES``) -> why, in words that end a sentence.
     """
 
@@ -63,7 +65,8 @@ class Anatomy:
     dummy: Callable[[Any, torch.device, torch.dtype], dict[str, torch.Tensor]]
     body: str = "model"
     layers: str = "layers"
-    token_types: bool = False
+    token_types: str | None = None
+    bidirectional_images: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
 
     def require(self, capability: str, what: str) -> None:
@@ -75,6 +78,10 @@ class Anatomy:
         assert capability in CAPABILITIES, capability
         if capability in self.refuses:
             raise UserError(f"{what}: not with a {self.family} model: {self.refuses[capability]}")
+
+    def types(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Which tokens (B, L) are visual, as a keyword of the whole model's ``forward``; empty: not wanted."""
+        return {self.token_types: (batch["image_ids"] >= 0).int()} if self.token_types else {}
 
     def decoder(self, hf: nn.Module) -> nn.Module:
         """The decoder without its head."""

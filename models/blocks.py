@@ -107,16 +107,21 @@ def block_atoms(query: Tokens, key: Tokens, size: int) -> tuple[Atoms, Atoms]:
     (some_q, all_q), (some_k, all_k) = _bits(query.flags), _bits(key.flags)
     block = torch.arange(count, device=query.flags.device)
     diagonal = block[:, None] == block
+    some_near, all_near = block <= block[:, None], block < block[:, None]
+    if query.reach is not None and key.reach is not None:
+        # Positions behind the end count as 0, which makes a window wider for "some" and narrower for "all".
+        some_near = some_near & (key.reach.amax(-1)[:, None] > query.reach.amin(-1)[:, :, None])
+        all_near = all_near & (key.reach.amin(-1)[:, None] > query.reach.amax(-1)[:, :, None])
     return Atoms(
         flags=_outer_and(some_q, some_k),
-        place=places(block <= block[:, None], diagonal),
+        place=places(some_near, diagonal),
         together=some_together,
         image=some_image,
         scope=some_scope,
         group=some_group,
     ), Atoms(
         flags=_outer_and(all_q, all_k),
-        place=places(block < block[:, None], torch.zeros_like(diagonal)),
+        place=places(all_near, torch.zeros_like(diagonal)),
         together=all_together,
         image=one_image,
         scope=one_scope,

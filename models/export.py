@@ -19,9 +19,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .adapters import merged
+from .anatomy import anatomy_of, image_encoder_for
 from .errors import UserError
 from .portable import make_portable, portable_names
 from .vlm import VisionLanguageModel
+
+IMAGE_MARK = "<image>"
+"""A picture in a chat template."""
 
 HEADS = "opsin_heads.safetensors"
 """Heads of methods, beside an export made to continue training; dropped from one made for use."""
@@ -68,12 +72,17 @@ def export_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     attention = "bidirectional" if model.net.bidirectional_images else "causal"
+    if model.anatomy.bidirectional_images:
+        attention = "the family's"
     hf.config.opsin = {**(notes or {}), "image_attention": attention}
     # Adapters are merged: what is written knows nothing of them.
     weights = merged({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     hf.save_pretrained(partial, state_dict=portable_names(weights, hf.config), safe_serialization=True)
     if model.processor is not None:
         if chat_template is not None:
+            # Written with LLaVA's mark for a picture; the family's own processor looks for its own.
+            mark = image_encoder_for(model.processor, hf.config).mark
+            chat_template = chat_template.replace(IMAGE_MARK, mark)
             model.processor.chat_template = chat_template
             model.processor.tokenizer.chat_template = chat_template
         model.processor.save_pretrained(partial)
@@ -143,6 +152,11 @@ def load_model(
         shown = ", ".join([*missing, *mismatched][:5])
         raise UserError(
             f"'{name}' lacks {len(missing) + len(mismatched)} tensors of the model, which would stay random: {shown}"
+        )
+    if bidirectional_images is False and anatomy_of(hf).bidirectional_images:
+        raise UserError(
+            f"model.bidirectional_images: false: visual tokens of a {hf.config.model_type} model see all tokens of their "
+            "image by its own rule"
         )
     if bidirectional_images is None:
         noted = getattr(hf.config, "opsin", None) or {}

@@ -86,6 +86,11 @@ class ImageEncoder(ABC):
         self.image_token_id = int(image_token_id(config))
         self.placeholder = processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
 
+    @property
+    def mark(self) -> str:
+        """What the family's own processor wants to find in a text for one picture, and replaces."""
+        return self.placeholder
+
     @abstractmethod
     def encode(self, picture: Image.Image) -> EncodedImage:
         """One RGB picture."""

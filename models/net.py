@@ -15,10 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from .anatomy import Anatomy, anatomy_of
-from .attention import Visibility, mask_for
+from .attention import Visibility, masks_for
 from .errors import UserError
 from .geometry import PER_IMAGE_KEYS, PIXEL_KEY
 from .step import FINAL, Branch, Step
+
+MASKS_FOR = "packing, independent turns, bidirectional images and masked prediction"
+"""What wants attention masks of its own."""
 
 
 def silenced(value: torch.Tensor) -> torch.Tensor:
@@ -36,9 +39,20 @@ def nan_safe_zero(value: torch.Tensor) -> torch.Tensor:
     return silenced(value).sum()
 
 
-def _implementation(module: Any) -> str:
-    """Attention implementation of a Hugging Face decoder."""
-    return module.config._attn_implementation
+def _same_heads(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a checkpoint of other methods: Composer would drop their heads, or leave ours as they are, without a word."""
+    names = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    stored = {name.split(".")[1] for name in names if name.startswith("auxiliary.")}
+    here = set(net.auxiliary)  # type: ignore[arg-type]
+    if not any(name.startswith("hf.") for name in names) or stored == here:
+        return
+    more, less = ", ".join(sorted(stored - here)), ", ".join(sorted(here - stored))
+    said = [f"has heads of {more}, which are not switched on here"] * bool(more) + [
+        f"has none of {less}"
+    ] * bool(less)
+    raise UserError(
+        f"the checkpoint {' and '.join(said)}: resume with its methods, or start a new run from its weights (init_from)"
+    )
 
 
 class VisionLanguageNet(nn.Module):
@@ -49,7 +63,8 @@ class VisionLanguageNet(nn.Module):
     Attributes:
         anatomy: where this family keeps its parts.
         bidirectional_images: whether visual tokens see all tokens of their own image (a property of the
-            model: export keeps it).
+            model: export keeps it), by the family's own rule or because they were told to.
+        foreign_attention: they were told to, which plain transformers does not know.
         autocast_dtype: dtype for autocast inside ``forward``, for devices on which Composer has none.
     """
 
@@ -58,7 +73,8 @@ class VisionLanguageNet(nn.Module):
         self.hf = hf
         self.auxiliary = nn.ModuleDict()
         self.anatomy: Anatomy = anatomy_of(hf)
-        self.bidirectional_images = bidirectional_images
+        self.bidirectional_images = bidirectional_images or self.anatomy.bidirectional_images
+        self.foreign_attention = bidirectional_images and not self.anatomy.bidirectional_images
         self.autocast_dtype: torch.dtype | None = None
         self._step: Step | None = None
         self._prefill: Visibility | None = None
@@ -66,6 +82,7 @@ class VisionLanguageNet(nn.Module):
         for layer in self.anatomy.decoder_layers(hf):
             layer._fsdp_wrap = True  # type: ignore[assignment]
         self.anatomy.decoder(hf).register_forward_pre_hook(self._seam, with_kwargs=True)
+        self.register_load_state_dict_pre_hook(_same_heads)
 
     def train(self, mode: bool = True) -> VisionLanguageNet:
         """Training mode for what is trained; a frozen vision tower stays in evaluation mode (dropout, statistics)."""
@@ -135,13 +152,16 @@ class VisionLanguageNet(nn.Module):
         # Padding is zeros, not somebody's token: a softmax weight of 0 still carries NaN.
         real = (branch.positions >= 0)[..., None]
         embeddings = branch.edit(torch.where(real, step.embeddings.flatten(0, 1)[at], 0))
+        self.anatomy.require("masks", MASKS_FOR)
         decoder = self.anatomy.decoder(self.hf)
         wanted = Step(batch, taps={branch.layers})
+        positions = batch["position_ids"].flatten(-2)[..., at]
+        see = branch.visibility.with_terms(position=positions if positions.ndim == 2 else None)
         with self._first_layers(branch.layers), self._tapping(wanted):
             decoder(
                 inputs_embeds=embeddings,
-                attention_mask=mask_for(branch.visibility, _implementation(decoder), embeddings.dtype),
-                position_ids=batch["position_ids"].flatten(-2)[..., at],
+                attention_mask=masks_for(see, decoder.config, embeddings.dtype),
+                position_ids=positions,
                 use_cache=False,
                 return_dict=True,
             )
@@ -185,7 +205,8 @@ class VisionLanguageNet(nn.Module):
         kwargs["inputs_embeds"] = step.edited(kwargs["inputs_embeds"])
         see = step.sees(self.bidirectional_images)
         if see is not None:
-            kwargs["attention_mask"] = mask_for(see, _implementation(module), kwargs["inputs_embeds"].dtype)
+            self.anatomy.require("masks", MASKS_FOR)
+            kwargs["attention_mask"] = masks_for(see, module.config, kwargs["inputs_embeds"].dtype)
         return args, kwargs
 
     def _seam_of_prefill(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -194,9 +215,7 @@ class VisionLanguageNet(nn.Module):
         if self._prefill is None or (cache is not None and cache.get_seq_length() > 0):
             return None
         kwargs = dict(kwargs)
-        kwargs["attention_mask"] = mask_for(
-            self._prefill, _implementation(module), kwargs["inputs_embeds"].dtype
-        )
+        kwargs["attention_mask"] = masks_for(self._prefill, module.config, kwargs["inputs_embeds"].dtype)
         return args, kwargs
 
     @contextlib.contextmanager

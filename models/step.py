@@ -91,5 +91,6 @@ class Step:
             branch=None if alone else batch["branch_ids"],
             image=image,
             bidirectional=image >= 0 if bidirectional_images else None,
+            position=batch["position_ids"] if batch["position_ids"].ndim == 2 else None,
         )
         return see.with_terms(**self.visibility)

@@ -38,6 +38,9 @@ class Visibility:
             have two views, each masked on its own); -1: none. None: the image ordinal.
         preceding: bool, tokens that closed queries see besides where they come first (``k <= q``), whatever
             their scope: the text before a picture. None: none.
+        position: int, where a token is in its document, a branch going on after the trunk. None: its place in the row.
+        window: what comes first is seen only if it is fewer positions away than this; a bidirectional image and
+            ``context`` and groups of closed queries are seen whole. None: however far away.
     """
 
     valid: torch.Tensor
@@ -51,15 +54,17 @@ class Visibility:
     hidden: torch.Tensor | None = None
     scope: torch.Tensor | None = None
     preceding: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+    window: int | None = None
 
-    def with_terms(self, **terms: torch.Tensor) -> Visibility:
+    def with_terms(self, **terms: Any) -> Visibility:
         """The same, with some of the optional fields set."""
         return replace(self, **terms)
 
     def to(self, device: torch.device) -> Visibility:
         """The same on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Visibility(**{name: value.to(device) for name, value in moved.items() if value is not None})
+        return replace(self, **{n: v.to(device) for n, v in moved.items() if isinstance(v, torch.Tensor)})
 
 
 # Flags of a pair: a flag is up where the query asks for it and the key offers it.
@@ -85,6 +90,7 @@ class Tokens:
         scope: int; None where no query is closed.
         groups: int, bits, the last one for context: all closed queries have it, and context keys. No bit at all for
             queries that go by no groups, and for padded keys. None like ``scope``.
+        reach: int, a key's position, or the last position that is too far away for a query. None: none is.
     """
 
     flags: torch.Tensor
@@ -94,6 +100,7 @@ class Tokens:
     image: torch.Tensor | None
     scope: torch.Tensor | None
     groups: torch.Tensor | None
+    reach: torch.Tensor | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
         """The same with each tensor changed."""
@@ -146,9 +153,17 @@ def queries_and_keys(see: Visibility) -> tuple[Tokens, Tokens]:
         of_keys = _with_context(see.group_bits, see.context).masked_fill(~see.valid, 0)
         if see.preceding is not None:
             asks[PRECEDING], offers[PRECEDING] = see.closed, see.valid & see.preceding
+    beyond = position = None
+    if see.window is not None:
+        if see.position is None:
+            position = torch.arange(see.valid.shape[1], dtype=torch.int32, device=see.valid.device)
+            position = position.expand(see.valid.shape)
+        else:
+            position = _narrow(see.position)
+        beyond = position - see.window
     return (
-        Tokens(_flags(asks), document, branch, off_trunk, asking, scope, of_queries),
-        Tokens(_flags(offers), document, branch, off_trunk, offered, scope, of_keys),
+        Tokens(_flags(asks), document, branch, off_trunk, asking, scope, of_queries, beyond),
+        Tokens(_flags(offers), document, branch, off_trunk, offered, scope, of_keys, position),
     )
 
 
@@ -158,8 +173,8 @@ class Atoms:
 
     Attributes:
         flags: uint8, flags that the query asks for and the key offers.
-        place: uint8, flags that hold where the two are: ``NOT_LATER`` where the key does not come later, ``ITSELF``
-            where they are one token.
+        place: uint8, flags that hold where the two are: ``NOT_LATER`` where the key does not come later and is within
+            the query's window, ``ITSELF`` where they are one token.
         together: bool, one document, and the key in its trunk or in the query's branch; None: always.
         image: bool, a bidirectional query and a key of its image; None as in :class:`Tokens`.
         scope: bool, both have the same; None as in :class:`Tokens`.
@@ -217,9 +232,12 @@ def of_tokens(query: Tokens, key: Tokens, q: torch.Tensor, k: torch.Tensor) -> A
     if key.document is not None and key.off_trunk is not None:
         assert query.document is not None and key.branch is not None and query.branch is not None
         together = ~((key.document ^ query.document) | ((key.branch ^ query.branch) & key.off_trunk)).bool()
+    not_later = k <= q
+    if key.reach is not None and query.reach is not None:
+        not_later = not_later & (key.reach > query.reach)
     return Atoms(
         flags=key.flags & query.flags,
-        place=places(k <= q, q == k),
+        place=places(not_later, q == k),
         together=together,
         image=both(key.image, query.image, as_one=True),
         scope=both(key.scope, query.scope, as_one=True),

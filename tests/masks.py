@@ -75,7 +75,23 @@ def layouts(draw: Any) -> Visibility:
             fields["scope"] = torch.tensor(draw(scopes)).view(batch, length)
         if draw(st.booleans()):
             fields["preceding"] = flags(False)
-    return Visibility(**fields)
+    window = draw(st.sampled_from([None, None, 1, 2, 4, 7]))
+    if window is not None and draw(st.booleans()):
+        fields["position"] = _positions(fields["document"], fields["branch"])
+    return Visibility(**fields, window=window)
+
+
+def _positions(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """Positions in each document, a branch going on where the trunk ends."""
+    out = torch.zeros(document.shape, dtype=torch.int64)
+    for row in range(len(document)):
+        count: dict[tuple[int, int], int] = {}
+        for at in range(document.shape[1]):
+            of, own = int(document[row, at]), int(branch[row, at])
+            if of >= 0:
+                out[row, at] = count.get((of, own), 0) + (count.get((of, 0), 0) if own else 0)
+                count[of, own] = count.get((of, own), 0) + 1
+    return out
 
 
 def without_empty_rows(see: Visibility) -> Visibility:
@@ -94,9 +110,11 @@ def naive(see: Visibility, b: int, q: int, k: int) -> bool:
         return False
     if see.branch[b, k] != 0 and see.branch[b, k] != see.branch[b, q]:
         return False
+    at = torch.arange(see.valid.shape[1]).expand(see.valid.shape) if see.position is None else see.position
+    near = see.window is None or int(at[b, q] - at[b, k]) < see.window
     if closed:
         assert see.context is not None and see.group_bits is not None
-        if see.preceding is not None and see.preceding[b, k] and k <= q:
+        if see.preceding is not None and see.preceding[b, k] and k <= q and near:
             return True
         scope = see.image if see.scope is None else see.scope
         if scope[b, q] < 0 or scope[b, q] != scope[b, k]:
@@ -107,7 +125,7 @@ def naive(see: Visibility, b: int, q: int, k: int) -> bool:
         return False
     if see.bidirectional is not None and see.bidirectional[b, q] and own_image:
         return True
-    return k < q
+    return k < q and near
 
 
 def materialised(mask: Any, length: int) -> torch.Tensor:

@@ -15,6 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    Gemma3TextConfig,
     GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -57,7 +62,7 @@ from opsin.data.schema import pack_images
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
 """One of each kind of geometry: what most tests run with."""
 
-EVERY_FAMILY = (*FAMILIES, "llava_onevision", "idefics3", "smolvlm", "internvl", "qwen2_vl")
+EVERY_FAMILY = (*FAMILIES, "llava_onevision", "idefics3", "smolvlm", "internvl", "qwen2_vl", "gemma3")
 """All that are registered: what the contract of families is tested with."""
 
 SPECIALS = [
@@ -314,6 +319,33 @@ def internvl(size: int = 16) -> Built:
     )
 
 
+def gemma3(size: int = 16) -> Built:
+    """Gemma 3: 8x8 patches averaged to 4x4 tokens that see each other; every other layer sees 24 tokens; soft cap."""
+    tokens = (size // 4) ** 2
+    hf = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            vision_config=_siglip(2 * size, vision_use_head=False),
+            text_config=Gemma3TextConfig(
+                **_text(),
+                head_dim=8,
+                query_pre_attn_scalar=8,
+                sliding_window=max(24, tokens),
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                final_logit_softcapping=20.0,
+            ),
+            mm_tokens_per_image=tokens,
+            boi_token_index=_id("<start_of_image>"),
+            eoi_token_index=_id("<end_of_image>"),
+            image_token_index=_id("<image_soft_token>"),
+        )
+    )
+    images = Gemma3ImageProcessor(size={"height": 2 * size, "width": 2 * size})
+    named = named_tokenizer(
+        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+    )
+    return Built(hf, Gemma3Processor(images, named, image_seq_length=tokens))
+
+
 def _qwen_images(size: int) -> Any:
     least, most = size * size, (5 * size // 2) ** 2
     return Qwen2VLImageProcessor(
@@ -373,7 +405,7 @@ _LOUD = ("multi_modal_projector", "connector")
 
 _MAKERS = {
     f.__name__: f
-    for f in (llava, llava_next, qwen2_5_vl, llava_onevision, idefics3, smolvlm, internvl, qwen2_vl)
+    for f in (llava, llava_next, qwen2_5_vl, llava_onevision, idefics3, smolvlm, internvl, qwen2_vl, gemma3)
 }
 
 

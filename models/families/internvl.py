@@ -40,6 +40,11 @@ class InternVLImages(ImageEncoder):
         end = getattr(processor, "end_image_token", "</img>")
         self.placeholder = f"{start}{self.placeholder}{end}"
 
+    @property
+    def mark(self) -> str:
+        """The image token: the processor itself writes image-start and image-end around it."""
+        return self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+
     def encode(self, picture: Image.Image) -> EncodedImage:
         """One RGB picture -> ``pixel_values`` (tiles, 3, H, W), one view a tile."""
         pixels = process_picture(self.processor, picture)[PIXEL_KEY]

@@ -97,5 +97,5 @@ def qwen2_vl(hf: Any) -> Anatomy:
         lm_head="lm_head",
         pictures=qwen_pictures,
         dummy=dummy,
-        token_types=int(transformers.__version__.split(".")[0]) >= 5,
+        token_types="mm_token_type_ids" if int(transformers.__version__.split(".")[0]) >= 5 else None,
     )

@@ -96,8 +96,8 @@ def test_answers_are_those_of_plain_transformers(family: str) -> None:
         batch = collator(family).layout([prompt.document])
         length = len(prompt.document)
         pixels = {k: batch[k] for k in (PIXEL_KEY, *PER_IMAGE_KEYS) if k in batch}
-        if model.anatomy.token_types:
-            pixels["mm_token_type_ids"] = (batch["image_ids"][:, :length] >= 0).int()
+        types = model.anatomy.types(batch)
+        pixels.update({key: value[:, :length] for key, value in types.items()})
         out = stock.generate(
             input_ids=batch["input_ids"][:, :length], attention_mask=batch["attention_mask"][:, :length],
             do_sample=False, max_new_tokens=8, pad_token_id=0, **pixels,
@@ -155,22 +155,27 @@ def export(folder: Path, **options: Any) -> tuple[VisionLanguageModel, Path]:
     return model, export_model(model, folder / "out", chat_template=jinja, notes=notes, **options)
 
 
-def test_an_export_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path) -> None:
-    ours, folder = export(tmp_path)
-    plain, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    processor = AutoProcessor.from_pretrained(folder)
-    assert largest_difference(ours, plain, collator("llava"), unequal()) < 1e-4
+def assert_the_prompt_is_that_of_training(family: str, processor: Any) -> None:
     # The saved processor and its chat template make the very prompt that training made.
     sample = zoo.sample(2)
-    (prompt,) = prompts_of(collator("llava").encoder, sample)
+    (prompt,) = prompts_of(collator(family).encoder, sample)
     words = sample["conversations"][0]["value"].replace("<image>\n", "")
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     picture = Image.open(io.BytesIO(zoo.picture(2000)))
     inputs = processor(images=picture, text=text, return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == prompt.document.input_ids.tolist()
-    assert torch.equal(inputs["pixel_values"], prompt.document.images[0].pixels["pixel_values"])
+    ours = prompt.document.images[0].pixels["pixel_values"]
+    assert torch.equal(inputs["pixel_values"].flatten(), ours.flatten())
+
+
+def test_an_export_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path) -> None:
+    ours, folder = export(tmp_path)
+    plain, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    processor = AutoProcessor.from_pretrained(folder)
+    assert largest_difference(ours, plain, collator("llava"), unequal()) < 1e-4
+    assert_the_prompt_is_that_of_training("llava", processor)
     assert describe(folder) == {
         "chat_template": "vicuna_v1", "system_prompt": "", "image_attention": "causal",
     }  # fmt: skip
@@ -182,12 +187,15 @@ def test_other_families_export_alike(family: str, tmp_path: Path) -> None:
     processor = ours.processor
     if isinstance(processor, zoo.Parts):
         ours.processor = None
-    folder = export_model(ours, tmp_path / "out")
+    jinja = collator(family).encoder.template.jinja
+    folder = export_model(ours, tmp_path / "out", chat_template=jinja)
     plain = AutoModelForImageTextToText.from_pretrained(folder)
     ours.processor = processor
     assert largest_difference(ours, plain, collator(family), unequal()) < 1e-4
     if not isinstance(processor, zoo.Parts):  # the processor, too, makes the same of a picture
-        again = image_encoder_for(*load_processor(folder))
+        loaded, config = load_processor(folder)
+        assert_the_prompt_is_that_of_training(family, loaded)
+        again = image_encoder_for(loaded, config)
         picture = Image.open(io.BytesIO(zoo.picture(7, (40, 18))))
         one, two = (e.encode(picture) for e in (again, collator(family).encoder.images))
         assert one.token_ids.tolist() == two.token_ids.tolist() and one.views == two.views
