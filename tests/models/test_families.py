@@ -366,6 +366,6 @@ def test_an_unknown_family_names_the_nearest() -> None:
     class Config:
         model_type = "lava"
 
-    assert set(zoo.EVERY_FAMILY) == set(families())
+    assert set(zoo.EVERY_FAMILY) == {f for f in families() if not f.startswith("opsin_")}
     with pytest.raises(UserError, match="no anatomy for model type 'lava'; did you mean 'llava'"):
         image_encoder_for(None, Config())
