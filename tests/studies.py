@@ -216,4 +216,5 @@ def default_study(folder: Path, **more: Any) -> StudyMaker:
         "secondary": [("conflict", "balanced_accuracy"), ("captions", "chair_i"), ("minimal_pairs", "nll"), ("text", "accuracy")],
         "pictures": True,
     }  # fmt: skip
-    return StudyMaker(folder, default_cells(), options.pop("suites"), **(options | more))
+    options |= more
+    return StudyMaker(folder, default_cells(), options.pop("suites"), **options)

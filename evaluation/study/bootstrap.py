@@ -112,7 +112,11 @@ def components(pseudo: np.ndarray) -> tuple[float, float, dict[str, float]]:
     of_pictures = float(S * ((by_picture - mean) ** 2).sum() / (U - 1))
     rest = pseudo - by_seed[:, None] - by_picture + mean
     of_rest = float((rest**2).sum() / ((S - 1) * (U - 1)))
-    seed, picture = max(0.0, of_seeds - of_rest) / U, max(0.0, of_pictures - of_rest) / S
+    # What exceeds the rest by rounding alone must not decide the degrees of freedom.
+    seed, picture = (
+        (one - of_rest) / n if one > of_rest * (1 + 1e-6) else 0.0
+        for one, n in ((of_seeds, U), (of_pictures, S))
+    )
     total = seed / S + picture / U + of_rest / (S * U)
     parts = (
         (S - 1, (seed > 0) * of_seeds),
@@ -157,7 +161,7 @@ def estimate(
     if error <= 1e-9 * max(1.0, abs(value)):  # rounding: nothing differs between any two pictures or seeds
         clear = abs(value) > 1e-12
         return Estimate(value, value, value, 0.0, df, 0.0 if clear else 1.0, seeds, U, n, told, parts)
-    df = min(df, _most(S))
+    df = min(df, most(S))
     needed = quantile(0.5 + LEVEL / 2, round(df, 3)) * error
     spread = float(drawn.std())
     if spread > 1e-12:
@@ -172,7 +176,7 @@ def estimate(
     return Estimate(value, low, high, error, df, p, seeds, U, n, told, parts)
 
 
-def _most(seeds: int) -> float:
+def most(seeds: int) -> float:
     """Most degrees of freedom that so many seeds are worth; pictures alone (one seed) are not held to it."""
     return CAP * (seeds - 1) if seeds > 1 else math.inf
 

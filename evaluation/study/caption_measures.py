@@ -16,7 +16,7 @@ def caption_forms() -> dict[str, Form]:
         def columns(records: Records, scorer: Scorer) -> np.ndarray:
             counts = []
             for record in records:
-                one = compared(record)
+                one = record["compared"] if "compared" in record else compared(record)
                 extra = {
                     "one": 1, "any_invented": one.invented > 0, "any_invented_shape": one.invented_shapes > 0,
                     "exact": one.exact, "signs_read": min(one.signs_right, 1) * one.hung,

@@ -143,7 +143,7 @@ def _says(found: Found) -> list[Markup | None]:
             said = _sentences(found, result)
             told = (
                 tag("span", f"{tables.endpoint_name(result)} of {result['suite']} (secondary)"),
-                tag("span", _counts(result)),
+                tag("span", _counts(result), class_="counts"),
             )
             body.append(tag("details", tag("summary", *told), *said))
     return body

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .bootstrap import LEVEL
+from .bootstrap import LEVEL, most
 from .student import quantile
 
 POWER = 0.8
@@ -63,9 +63,14 @@ def planned(
     if rest_sd is None:
         assert disagreement is not None
         rest_sd = math.sqrt(max(0.0, disagreement - picture_sd**2))
-    seed = seed_sd**2 / seeds if seeds > 1 else 0.0
-    parts = [(seed, seeds - 1), ((picture_sd**2 + rest_sd**2 / seeds) / pictures, pictures - 1)]
-    total = sum(part for part, _ in parts)
-    square = sum(part**2 / df for part, df in parts if df > 0)
-    df = total**2 / square if square > 0 else float(pictures - 1)
-    return detectable(math.sqrt(total), df)
+    if seeds == 1:
+        return detectable(math.sqrt((picture_sd**2 + rest_sd**2) / pictures), pictures - 1)
+    # Expected mean squares of the crossed table that `bootstrap.components` estimates the variance from.
+    rest = rest_sd**2
+    of_seeds, of_pictures = pictures * seed_sd**2 + rest, seeds * picture_sd**2 + rest
+    square = (
+        of_seeds**2 / (seeds - 1) + of_pictures**2 / (pictures - 1) + rest**2 / ((seeds - 1) * (pictures - 1))
+    )
+    total = of_seeds + of_pictures - rest
+    df = min(total**2 / square, most(seeds)) if square > 0 else most(seeds)
+    return detectable(math.sqrt(total / (seeds * pictures)), df)

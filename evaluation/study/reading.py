@@ -71,6 +71,7 @@ class Read:
         units: suite -> its pictures.
         records: suite -> id -> what every run was asked (without answers).
         checked: numbers that were held against ``scores.json`` and agree.
+        judged: suite -> what a scorer made of an answer: runs give few different ones.
     """
 
     runs: dict[RunKey, RunFiles]
@@ -80,6 +81,7 @@ class Read:
     units: dict[str, Units]
     records: dict[str, dict[str, Mapping[str, Any]]]
     checked: int = 0
+    judged: dict[str, dict[tuple[str, ...], dict[str, Any]]] = field(default_factory=dict)
 
 
 def read_runs(study: Study) -> Read:
@@ -153,7 +155,9 @@ def _read_run(study: Study, cell: Cell, run: Run, found: Read) -> None:
                     {k: record[k] for k in ("id", "question", "gold", "kind", "meta", "choices")},
                 )
         wanted = [one for one in found.endpoints if one.suite == suite]
-        files.suites[suite] = _of_suite(found.scorers[suite], those, wanted)
+        files.suites[suite] = _of_suite(
+            found.scorers[suite], those, wanted, found.judged.setdefault(suite, {})
+        )
     _check(files, found)
     found.runs[cell.name, run.seed] = files
 
@@ -193,11 +197,15 @@ def _shown(scorer: Scorer, records: Sequence[Mapping[str, Any]]) -> str:
     return scorer.primary
 
 
-def _of_suite(scorer: Scorer, records: list[dict[str, Any]], wanted: Sequence[Endpoint]) -> SuiteOfRun:
+def _of_suite(
+    scorer: Scorer,
+    records: list[dict[str, Any]],
+    wanted: Sequence[Endpoint],
+    judged: dict[tuple[str, ...], dict[str, Any]],
+) -> SuiteOfRun:
     forms = {one: form(scorer, one.measure) for one in wanted}
     captions = scorer.name.startswith("scene_captions")
-    if any(f.marked for f in forms.values()) or not captions:
-        records = scorer.mark(records)
+    _judge(scorer, records, captions, judged)
     columns: dict[Endpoint, np.ndarray] = {}
     for one, shape in forms.items():
         if one.kind is None:
@@ -209,13 +217,34 @@ def _of_suite(scorer: Scorer, records: list[dict[str, Any]], wanted: Sequence[En
         part = shape.columns([records[i] for i in at], scorer)
         columns[one] = np.zeros((len(records), part.shape[1]))
         columns[one][at] = part
-    right = np.array(
-        [np.nan if "right" not in r or r["right"] is None else float(r["right"]) for r in records]
-    )
-    if captions:  # judged by what they make up: that is what a wall can show
-        right = np.full(len(records), np.nan)
+    right = np.array([np.nan if r["right"] is None else float(r["right"]) for r in records])
     asked = [_digest(f"{r['id']}\0{r['question']}\0{r['gold']}") for r in records]
     return SuiteOfRun([r["id"] for r in records], asked, columns, right)
+
+
+def _judge(
+    scorer: Scorer,
+    records: list[dict[str, Any]],
+    captions: bool,
+    judged: dict[tuple[str, ...], dict[str, Any]],
+) -> None:
+    """Mark predictions, each answer to a question once; of captions, hold them against their scenes (``compared``)."""
+    keys = [(r["id"], r["question"], r["gold"], r["output"], str(r.get("error"))) for r in records]
+    ranked = [i for i, record in enumerate(records) if record.get("logprobs")]
+    for i in ranked:
+        keys[i] = (*keys[i], json.dumps(records[i]["logprobs"], sort_keys=True))
+    new = {key: record for key, record in zip(keys, records, strict=True) if key not in judged}
+    if captions:
+        from ..scorers.captions import compared
+
+        for key, record in new.items():  # none is judged as a whole: hardly one says all
+            judged[key] = {"compared": compared(record), "parsed": scorer.read(record), "right": None}
+    else:
+        marked = scorer.mark(list(new.values()))
+        for key, record in zip(new, marked, strict=True):
+            judged[key] = {"parsed": record["parsed"], "right": record["right"]}
+    for key, record in zip(keys, records, strict=True):
+        record.update(judged[key])
 
 
 def _digest(words: str) -> int:

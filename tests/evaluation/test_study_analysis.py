@@ -21,7 +21,7 @@ from opsin.models.errors import UserError
 
 from studies import StudyMaker, cell
 
-PAIRS = {"minimal_pairs": 120}
+PAIRS = {"minimal_pairs": 300}
 KEY = "minimal_pairs/pair_accuracy"
 
 
@@ -193,16 +193,9 @@ def test_other_questions_are_left_out_and_told(tmp_path: Path) -> None:
         tmp_path, [cell("baseline", (), "baseline"), cell("l2t", ["l2t"], skill=1.0), cell("x", ["x"])], PAIRS
     )
     path = tmp_path / "cells/l2t-18/predictions.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text(
-        "\n".join(
-            [
-                lines[0].replace("What colour", "Which colour").replace("small or large", "large or small"),
-                *lines[1:],
-            ]
-        )
-        + "\n"
-    )
+    first, *lines = path.read_text().splitlines()
+    first = json.dumps({**json.loads(first), "question": "<image>\nWhat is there?"})
+    path.write_text("\n".join([first, *lines]) + "\n")
     found = analyse(tmp_path)
     rows = found["endpoints"][KEY]["cells"]
     assert rows["l2t"]["difference"]["pictures"] == rows["x"]["difference"]["pictures"] - 1
