@@ -90,7 +90,9 @@ def test_shares_are_of_the_sum_of_gradients(plain: dict[str, Any], asked: dict[s
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["samples", "tokens"])
-@pytest.mark.parametrize("microbatch", [4, 3, 1])
+@pytest.mark.parametrize(
+    "microbatch", [4, 3, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 7, 6, 5, 2))]
+)
 def test_micro_batches_and_composers_shares_touch_no_term(
     asked: dict[str, Any], microbatch: int, tokens: bool
 ) -> None:
@@ -146,3 +148,6 @@ def test_a_run_writes_its_ledger_into_metrics(tmp_path: Path, scenes: str) -> No
     bare = train(runs.loaded(tmp_path, scenes, algorithms=ross, max_duration="1ba", run_name="bare"))
     # Every run has one; asking it for more is another callback setting, and changes nothing.
     assert read_metrics(bare.metrics)[0]["ledger/lm/raw"] == first["ledger/lm/raw"]
+    # So a run that was begun may be asked when it goes on.
+    again = {"run_name": "bare", "callbacks": {"loss_ledger": {"gradient_share_interval": 1}}}
+    train(runs.loaded(tmp_path, scenes, algorithms=ross, max_duration="1ba", **again))

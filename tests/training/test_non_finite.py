@@ -111,6 +111,20 @@ def test_too_many_stop() -> None:
     assert "for every one of its 4 samples, so look at settings before data: 'zoo/4'" in said
 
 
+def test_a_run_whose_first_batch_was_left_out_resumes(tmp_path: Path) -> None:
+    """The optimizer has no state yet when the first checkpoint is made."""
+    options = poisoned("nan", "skip", "zoo/1")
+    saved = {"save_folder": str(tmp_path), "save_interval": "1ba", "save_overwrite": True}
+    whole = ended(**options, trainer=saved)
+    again = ended(**options, trainer={"load_path": str(tmp_path / "ep0-ba1-rank0.pt")})
+    assert whole["said"] is again["said"] is None and len(again["steps"]) == 2
+    assert same(whole["steps"][-1], again["steps"][-1])
+    # A skipped batch that a checkpoint knows of stays counted.
+    assert again["logged"][0].get("non_finite/skipped") is None
+    counted = torch.load(tmp_path / "ep0-ba3-rank0.pt", weights_only=False)["state"]["callbacks"]["NonFinite"]
+    assert counted == {"skipped": 1, "in_a_row": 0}
+
+
 def test_weights_that_went_wrong_are_named_and_never_skipped() -> None:
     options = {**SMALL, "callbacks": [(GUARD, {"policy": "skip"}), ("poison:BreakWeights", {"after": 1})]}
     said = ended(**options)["said"]
