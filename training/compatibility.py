@@ -70,6 +70,8 @@ class Verdict:
 
     def line(self) -> str:
         """For a message: what, and why."""
+        if not self.setting:
+            return self.why
         verb = "does not work with" if self.status == REFUSED else "beside"
         return f"{verb} {self.setting} ({self.why})"
 

@@ -78,7 +78,7 @@ class _Notes:
         numbers = []
         for verdict in verdicts:
             only = f"With {verdict.only}: {verdict.status}. " if verdict.only else ""
-            text = f"{only}{verdict.setting}: {verdict.why}."
+            text = only + ": ".join(part for part in (verdict.setting, verdict.why) if part) + "."
             if text not in self.texts:
                 self.texts.append(text)
             numbers.append(self.texts.index(text) + 1)
