@@ -14,7 +14,8 @@ import numpy as np
 from opsin.evaluation.benchmarks.own_scenes import scenes
 from opsin.evaluation.records import Item, prediction, write_predictions
 from opsin.evaluation.scorers import make
-from opsin.evaluation.study.pictures import keep_pictures
+from opsin.evaluation.study.pictures import keep_suites
+from opsin.evaluation.suites import Suite
 
 OBJECTS: dict[str, Any] = {"objects": [2, 2], "charts": 0, "sign": 0}
 
@@ -89,12 +90,11 @@ class StudyMaker:
         }  # fmt: skip
         self.write()
         if pictures:
-            for name, samples in suites.items():
-                keep_pictures(
-                    folder,
-                    name,
-                    [(i.id, [read() for read in i.pictures]) for i in suite_items(name, samples)],
-                )
+            asked = {name: suite_items(name, samples) for name, samples in suites.items()}
+            keep_suites(
+                folder,
+                {n: Suite("2d", make("scenes"), lambda items=items: items) for n, items in asked.items()},
+            )
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

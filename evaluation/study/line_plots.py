@@ -105,7 +105,10 @@ def interaction(result: Mapping[str, Any], found: Mapping[str, Any], a: str, b: 
     parts.append(tag("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r=4, class_="sum"))
     parts += [axes.word(f"without {a}", 0), axes.word(f"with {a}", 1)]
     unit = result["unit"]
-    said = f"beyond the sum: {words.difference(told, unit)}" if told.get("low") is not None else "no interval"
+    averaged = ", averaged over the other methods" if len(found["factors"]) > 2 else ""
+    said = "no interval"
+    if told.get("low") is not None:
+        said = f"beyond the sum{averaged}: {words.difference(told, unit)}"
     label = (
         f"Neither {words.level(levels[0], unit)}, {a} {words.level(levels[1], unit)}, {b} {words.level(levels[2], unit)}, both "
         f"{words.level(levels[3], unit)}; their sum would be {plain(added)}; {said}"

@@ -143,7 +143,7 @@ def _says(found: Found) -> list[Markup | None]:
             said = _sentences(found, result)
             told = (
                 tag("span", f"{tables.endpoint_name(result)} of {result['suite']} (secondary)"),
-                tag("span", _counts(result), class_="counts"),
+                tag("span", _counts(found, result), class_="counts"),
             )
             body.append(tag("details", tag("summary", *told), *said))
     return body
@@ -164,9 +164,14 @@ def _sentences(found: Found, result: Mapping[str, Any]) -> list[Markup]:
     return body
 
 
-def _counts(result: Mapping[str, Any]) -> str:
-    """``helps: 2, harms: 1``, of methods and of everything else."""
-    said = [row["verdict"]["word"] for row in result["cells"].values() if row["verdict"]]
+def _counts(found: Found, result: Mapping[str, Any]) -> str:
+    """``helps: 2, harms: 1``, of methods."""
+    roles = {name: cell["role"] for name, cell in found["cells"].items()}
+    said = [
+        row["verdict"]["word"]
+        for n, row in result["cells"].items()
+        if row["verdict"] and roles[n] in METHOD_ROLES
+    ]
     return ", ".join(f"{told}: {said.count(word)}" for word, told in VERDICTS.items() if word in said)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ...models.errors import UserError
 from ..scorers.mcq import ROLL
+from ..suites import Suite
 from .measures import SAME_GROUP
 
 FOLDER, INDEX = "pictures", "index.json"
@@ -52,6 +53,19 @@ def keep_pictures(folder: Path, suite: str, pictures: Iterable[tuple[str, Sequen
     partial = where / f"{INDEX}.partial"
     partial.write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
     partial.replace(where / INDEX)
+
+
+def keep_suites(folder: Path, suites: Mapping[str, Suite], limit: int | None = None) -> None:
+    """Keep the pictures of all questions of some suites, as an evaluation asks them.
+
+    Args:
+        folder: of the study.
+        suites: by the names that predictions have.
+        limit: the first so many questions of each; None: all.
+    """
+    for name, suite in suites.items():
+        items = list(suite.load())[:limit]
+        keep_pictures(folder, name, ((item.id, [read() for read in item.pictures]) for item in items))
 
 
 def read_index(folder: Path) -> dict[str, dict[str, list[str]]]:

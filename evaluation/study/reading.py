@@ -229,7 +229,9 @@ def _judge(
     judged: dict[tuple[str, ...], dict[str, Any]],
 ) -> None:
     """Mark predictions, each answer to a question once; of captions, hold them against their scenes (``compared``)."""
-    keys = [(r["id"], r["question"], r["gold"], r["output"], str(r.get("error"))) for r in records]
+    keys: list[tuple[str, ...]] = [
+        (r["id"], r["question"], r["gold"], r["output"], str(r.get("error"))) for r in records
+    ]
     ranked = [i for i, record in enumerate(records) if record.get("logprobs")]
     for i in ranked:
         keys[i] = (*keys[i], json.dumps(records[i]["logprobs"], sort_keys=True))

@@ -105,6 +105,18 @@ def test_a_study_of_two_cells_and_nothing_else_has_a_page(tmp_path: Path) -> Non
     assert "Learning curves" not in page and "Together" not in page
 
 
+def test_suites_at_the_ceiling_are_grey_and_judge_nothing(tmp_path: Path) -> None:
+    cells = [cell("baseline", (), "baseline"), cell("l2t", ["l2t"], skill=-3.0)]
+    StudyMaker(
+        tmp_path, cells, {"minimal_pairs": 60, "conflict": 10}, base=0.9999, primary=("conflict", "accuracy")
+    )
+    page = write_study_report(tmp_path, wall=0).read_text(encoding="utf-8")
+    row = next(r for r in Reader(page).rows if r[0] == "l2t")
+    assert "not judged" in row[1] and "(" in row[1]  # the difference is shown, with its interval
+    assert "at ceiling" in page and page.count("number grey") >= 4
+    assert "Where cells disagree" not in page
+
+
 def test_no_difference_is_printed_without_its_interval() -> None:
     bare = {"value": 0.2, "low": None, "high": None, "standard_error": None, "spread": None}
     assert difference(bare, "share") == difference(None, "share") == "–"
