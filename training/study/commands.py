@@ -18,6 +18,10 @@ study_app = typer.Typer(no_args_is_help=True, help="Studies: many runs, one ques
 
 Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: one a GPU, else one a core.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Say what would be trained, and stop.")]
+Trial = Annotated[
+    bool,
+    typer.Option("--trial", help="Measure a few steps of every cell first, and say how long all will take."),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder of the study. Default: studies/NAME.")]
 
 
@@ -43,6 +47,7 @@ def ablate(
     out: Out = None,
     jobs: Jobs = None,
     plan: PlanOnly = False,
+    trial: Trial = False,
     report: Annotated[
         bool, typer.Option("--report", help="Only write the report of what is there, anew.")
     ] = False,
@@ -75,7 +80,7 @@ def ablate(
         evaluation=evaluation or [],
         primary=_endpoint(primary),
     )
-    _run(wanted, out, jobs, plan, report)
+    _run(wanted, out, jobs, plan, report, trial)
 
 
 @study_app.command("run")
@@ -84,16 +89,19 @@ def run_(
     out: Out = None,
     jobs: Jobs = None,
     plan: PlanOnly = False,
+    trial: Trial = False,
     report: Annotated[
         bool, typer.Option("--report", help="Only write the report of what is there, anew.")
     ] = False,
 ) -> None:
     """Train what a study misses and report; stopped at any time, the same command goes on."""
     wanted = load_study([s for s in study if "=" not in s], [s for s in study if "=" in s])
-    _run(wanted, out, jobs, plan, report)
+    _run(wanted, out, jobs, plan, report, trial)
 
 
-def _run(wanted: StudyConfig, out: Path | None, jobs: int | None, plan: bool, report: bool) -> None:
+def _run(
+    wanted: StudyConfig, out: Path | None, jobs: int | None, plan: bool, report: bool, trial: bool
+) -> None:
     from .. import compat
     from . import study
 
@@ -103,7 +111,7 @@ def _run(wanted: StudyConfig, out: Path | None, jobs: int | None, plan: bool, re
         study.report(folder, console)
         return
     compat.apply()
-    failed = study.run_study(wanted, folder, jobs=jobs, plan_only=plan, console=console)
+    failed = study.run_study(wanted, folder, jobs=jobs, plan_only=plan, console=console, trial=trial)
     if failed:
         console.print(f"{failed} runs failed; the same command tries them again")
         raise typer.Exit(FAILED)

@@ -20,11 +20,20 @@ from ..stages import resolve
 from .executor import Planned, done, execute
 from .runs import Run, identity, runs_of, same_as, write_study
 from .spec import StudyConfig
+from .trial import measure
 
 SMALLEST_WITHOUT_QUESTIONS = "evaluation: gives no YAML of `opsin eval`: there would be nothing to compare"
 
 
-def run_study(config: StudyConfig, out: Path, *, jobs: int | None, plan_only: bool, console: Console) -> int:
+def run_study(
+    config: StudyConfig,
+    out: Path,
+    *,
+    jobs: int | None,
+    plan_only: bool,
+    console: Console,
+    trial: bool = False,
+) -> int:
     """Train and evaluate all cells that are not done, write ``study.json``, ``ablation.json`` and ``report.html``.
 
     Args:
@@ -33,6 +42,7 @@ def run_study(config: StudyConfig, out: Path, *, jobs: int | None, plan_only: bo
         jobs: runs at a time; None: one a GPU, else one a core.
         plan_only: only say what would be done.
         console: for the plan, progress and the verdicts.
+        trial: train a few steps of every cell first, and say how long all of it will take.
 
     Returns:
         How many runs failed.
@@ -51,7 +61,7 @@ def run_study(config: StudyConfig, out: Path, *, jobs: int | None, plan_only: bo
     ]:  # every cell once: its seed changes nothing of what can be wrong
         refuse_mistakes(run.load(), here=not plan_only)
     trained = [r for r in runs if r.cell.name not in equal]
-    if not plan_only:
+    if trial or not plan_only:
         for loaded in {str(r.load().run.prepare): r.load() for r in trained}.values():
             prepare(loaded, console)
     plans = [planned(run, asked) for run in trained]
@@ -59,6 +69,8 @@ def run_study(config: StudyConfig, out: Path, *, jobs: int | None, plan_only: bo
     missing = [p for p in plans if records[p.run.name] is None]
     count = jobs or torch.cuda.device_count() or (os.cpu_count() or 1)
     show_plan(config, runs, equal, missing, count, console)
+    if trial and missing:
+        measure(missing, count, console)
     if plan_only:
         return 0
     told: dict[str, dict[str, Any]] = {
