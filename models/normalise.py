@@ -68,7 +68,7 @@ def global_sum(vector: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks of a CPU vector; on GPU clusters the result lies on the GPU (nobody waits for it)."""
     if not (dist.is_available() and dist.is_initialized()):
         return vector
-    vector = vector.cuda() if dist.get_backend() == "nccl" else vector.clone()
+    vector = vector.cuda(non_blocking=True) if dist.get_backend() == "nccl" else vector.clone()
     dist.all_reduce(vector)
     return vector
 

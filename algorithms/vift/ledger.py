@@ -80,7 +80,7 @@ class Ledger:
         sums = nll.new_zeros(2, streams + 1, dtype=torch.float64)
         sums.index_add_(1, at, torch.stack([torch.where(real, nll, 0.0).double(), real.double()]))
         assert self._here is not None
-        self._here = self._here.to(sums.device)
+        self._here = self._here.to(sums.device, non_blocking=True)
         self._here[NATS:] += sums[:, :-1]
 
     def close_step(self) -> None:

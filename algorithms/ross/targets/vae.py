@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....models.targets.base import Target, unfold, weights_id
 from ....models.targets.base import fold as fold_maps
-from ....models.targets.base import unfold, weights_id
 from ....models.targets.frozen import DTYPES, FrozenTarget, choice, whole
 from .diffusers_models import autoencoder
 
@@ -86,6 +86,11 @@ class VAETarget(FrozenTarget):
         self.shift = _by_channel(made.get("latents_mean"), made.shift_factor or 0.0)
         self.scale = made.scaling_factor / _by_channel(made.get("latents_std"), 1.0)
 
+    def to(self, device: torch.device) -> Target:
+        """See :meth:`Target.to`; shift and scale go along, or each step would wait for their copies."""
+        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
+        return super().to(device)
+
     @cached_property
     def identity(self) -> str:
         """Kind, geometry and the encoder's weights (the decoder makes no target)."""
@@ -101,16 +106,15 @@ class VAETarget(FrozenTarget):
     def encode(self, pictures: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.encode`: means, and behind them standard deviations, both shifted and scaled."""
         found = self.vae.encode(self._ready(pictures * 2 - 1)).latent_dist
-        shift, scale = self.shift.to(self.device), self.scale.to(self.device)
-        mean = fold_maps((found.mean.float() - shift) * scale, self.fold)
+        scale = self.scale
+        mean = fold_maps((found.mean.float() - self.shift) * scale, self.fold)
         if self.posterior == "mean":
             return mean
         return torch.cat([mean, fold_maps(found.std.float() * scale, self.fold)], dim=-1)
 
     def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """See :meth:`Target.decode`."""
-        shift, scale = self.shift.to(self.device), self.scale.to(self.device)
-        latents = unfold(tokens.to(self.device).float(), grid, self.fold) / scale + shift
+        latents = unfold(tokens.to(self.device).float(), grid, self.fold) / self.scale + self.shift
         return self.vae.decode(self._ready(latents)).sample.float() / 2 + 0.5
 
 
