@@ -26,6 +26,10 @@ SKIPPED = "skipped.jsonl"
 """File beside ``index.json`` that names the samples that were left out, and why."""
 
 
+class TooManyBad(UserError):
+    """More samples are bad than may be left out."""
+
+
 @dataclass
 class Written:
     """What :func:`write_dataset` did.
@@ -76,6 +80,8 @@ def write_dataset(
     size_limit: int,
     workers: int = 0,
     skip_bad: bool = False,
+    most_bad: int | None = None,
+    skipped: str = SKIPPED,
     templates: Sequence[str] = (),
     files: Callable[[Written], Mapping[str, bytes]] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -94,6 +100,9 @@ def write_dataset(
         workers: processes that make samples; 0: this one. They are spawned, so a script needs its ``__main__``
             guard.
         skip_bad: leave bad samples out; else the first one ends it.
+        most_bad: one more than so many ends it all the same; what was left out until then is named in ``skipped`` in
+            this machine's work folder (:func:`~opsin.data.unfinished.work_folder`).
+        skipped: name of the file that names what was left out.
         templates: sentences that the dataset itself declares to be templates.
         files: further files to lie beside the index (name -> content), once the samples are written.
         progress: called with the number of the source's samples done so far: those of an earlier process, then
@@ -118,8 +127,42 @@ def write_dataset(
             _refuse_skipped(writer, number)
         if start and progress:
             progress(start)
-        _write_rest(writer, source, number, start, size_limit, workers, skip_bad, progress)
-        return _finish(writer, templates, files)
+        limit = _Limit(writer, skip_bad, most_bad, skipped)
+        for i in range(number):
+            limit.noted(len(writer.noted(i)["skipped"]))
+        limit.check([])
+        _write_rest(writer, source, number, start, size_limit, workers, limit, progress)
+        return _finish(writer, templates, files, skipped)
+
+
+class _Limit:
+    """How many bad samples may be left out."""
+
+    def __init__(self, writer: ShardWriter, skip: bool, most: int | None, name: str):
+        self.skip, self._writer, self._most, self._name, self._earlier = skip, writer, most, name, 0
+
+    def check(self, bad: Sequence[dict[str, Any]]) -> None:
+        """``bad``: those of the shard that is being filled.
+
+        Raises:
+            TooManyBad: they are too many, with those of the shards before it.
+        """
+        if self._most is None or self._earlier + len(bad) <= self._most:
+            return
+        self._writer.settle()
+        done = range(len(self._writer.done))
+        known = [each for i in done for each in self._writer.noted(i)["skipped"]]
+        known += [each for each in bad if each["position"] not in {k["position"] for k in known}]
+        file = self._writer.work / self._name
+        file.write_text("".join(json.dumps(each) + "\n" for each in known))
+        reasons = Counter(each["reason"] for each in known)
+        raise TooManyBad(
+            f"{self._writer.out}: more than {self._most} bad samples{_listed(reasons)}; they are named in {file}"
+        )
+
+    def noted(self, count: int) -> None:
+        """A shard with so many samples left out is finished."""
+        self._earlier += count
 
 
 def _write_rest(
@@ -129,7 +172,7 @@ def _write_rest(
     start: int,
     size_limit: int,
     workers: int,
-    skip_bad: bool,
+    limit: _Limit,
     progress: Callable[[int], None] | None,
 ) -> None:
     """Write the samples from ``start`` on, as shards from ``number`` on."""
@@ -141,9 +184,10 @@ def _write_rest(
         shard = _Shard(mds.extra_bytes_per_shard)
         for position, record in enumerate(made, start):
             if isinstance(record, BadSample):
-                if not skip_bad:
+                if not limit.skip:
                     raise _bad(record)
                 shard.skipped.append(asdict(record))
+                limit.check(shard.skipped)
             else:
                 try:
                     row = mds.encode_sample(record)
@@ -154,6 +198,7 @@ def _write_rest(
                     writer.write(
                         number, COLUMNS, shard.rows, size_limit=size_limit, more=shard.note(position)
                     )
+                    limit.noted(len(shard.skipped))
                     number, shard = number + 1, _Shard(mds.extra_bytes_per_shard)
                 shard.add(record, row, size)
             if progress:
@@ -173,6 +218,7 @@ def _finish(
     writer: ShardWriter,
     templates: Sequence[str],
     more: Callable[[Written], Mapping[str, bytes]] | None,
+    name: str,
 ) -> Written:
     index = writer.index()
     total = SentenceCounts(dataset=dataset_hash(index), templates=tuple(templates))
@@ -185,7 +231,7 @@ def _finish(
         skipped += noted["skipped"]
     files = {SIDECAR: total.dumps().encode()}
     if skipped:
-        files[SKIPPED] = "".join(json.dumps(bad) + "\n" for bad in skipped).encode()
+        files[name] = "".join(json.dumps(bad) + "\n" for bad in skipped).encode()
     samples = sum(entry["samples"] for entry in writer.done.values())
     reasons, left_out = Counter(bad["reason"] for bad in skipped), [bad["position"] for bad in skipped]
     written = Written(samples, total, reasons, left_out)

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .convert_commands import convert_commands
 from .split_commands import split_commands
 from .target_commands import target_commands
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect datasets.")
 target_commands(data_app)
 split_commands(data_app)
+convert_commands(data_app)
 
 # Of the commands that write samples.
 NewFolder = Annotated[
@@ -97,12 +99,19 @@ def data_templates(
 @data_app.command("inspect")
 def data_inspect(
     remote: Annotated[str, typer.Argument(help="Dataset: folder or URL.")],
-    samples: Annotated[int, typer.Option(help="Samples to show.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Samples to show.")] = 3,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Run folder, model folder or hub name: show its tokens, coloured by role. No weights are read."
+        ),
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Default: the model's, else vicuna_v1.")] = None,
 ) -> None:
-    """Show what is in a dataset: sizes, kinds, first samples, frequent sentences."""
-    from .data_commands import inspect
+    """Show what is in a dataset: sizes, kinds, lengths, template sentences, first samples."""
+    from .inspect_data import inspect
 
-    inspect(remote, samples, Console())
+    inspect(remote, samples, Console(), model, chat_template)
 
 
 @data_app.command("language-model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..data.messages import shown
-from ..data.schema import IMAGE_MARK, unpack_images
+from ..data.schema import IMAGE_MARK
 from ..data.sentences import SIDECAR, SentenceCounts, dataset_hash
-from ..models.errors import UserError
 from .builders import construct
 
 
@@ -121,31 +119,3 @@ def _upload(counts: SentenceCounts, remote: str) -> None:
         counts.save(Path(folder) / SIDECAR)
         uploader = CloudUploader.get((folder, remote), exist_ok=True)
         uploader.upload_file(SIDECAR)
-
-
-def inspect(remote: str, samples: int, console: Console) -> None:
-    """Sizes, kinds and first samples of a dataset."""
-    from ..data.streaming import StreamingVLMDataset
-
-    dataset = StreamingVLMDataset(remote=remote, batch_size=1, shuffle=False, whole=False)
-    looked = min(dataset.num_samples, 1000)
-    kinds: Counter[str] = Counter()
-    pictures = turns = 0
-    for i in range(looked):
-        sample = dataset[i]
-        kinds.update(map(str, (sample["meta"] or {}).get("kinds", [])))
-        pictures += len(unpack_images(sample["images"]))
-        turns += len(sample["conversations"]) // 2
-    console.print(
-        f"{remote}: {dataset.num_samples} samples in {dataset.num_shards} shards; of the first {looked}: "
-        f"{pictures / looked:.2f} pictures and {turns / looked:.2f} exchanges each"
-    )
-    if kinds:
-        console.print("kinds: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
-    for i in range(min(samples, dataset.num_samples)):
-        sample = dataset[i]
-        console.rule(sample["id"])
-        for turn in sample["conversations"]:
-            console.print(f"[bold]{turn['from']}[/bold]: {turn['value']}")
-    if not dataset.num_samples:
-        raise UserError(f"{remote}: no samples")

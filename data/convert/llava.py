@@ -15,23 +15,20 @@ A sample that training would refuse is a bad one: its turns do not alternate, a 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from ...models.errors import UserError
 from ..chat import BadConversation, exchanges
-from ..messages import first_line
 from ..schema import IMAGE_MARK, pack_images
 from ..source import BadSample, Text
 from ..write import Written, write_dataset
+from .ids import unique
 from .json_items import json_items
+from .pictures import Unusable, picture_file
 
 
 class LlavaSource:
@@ -66,10 +63,8 @@ class LlavaSource:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         self.digest = hashlib.sha1(content).hexdigest()
         self._starts, self._ends = array("Q"), array("Q")  # in bytes; small to pickle
-        self.renamed: dict[int, str] = {}
         self.unmarked = 0
         self.bad: BadSample | None = None
-        given: Counter[str] = Counter()
         names: list[str] = []
         for start, end, sample in json_items(content, str(file)):
             position = len(names)
@@ -78,23 +73,21 @@ class LlavaSource:
             self._starts.append(start)
             self._ends.append(end)
             names.append(_id(sample))
-            given[names[-1]] += 1
             fault = _fault(sample, position, names[-1])
             self.bad = self.bad or fault
             if fault is None and _names(sample) and not _marks(sample):
                 self.unmarked += 1
-        self._rename(names, given)
+        self.renamed = unique(names)
 
-    def _rename(self, names: list[str], given: Counter[str]) -> None:
-        """Give every sample an id of its own; one that is in the file only once keeps it."""
-        taken: set[str] = set()
-        for position, name in enumerate(names):
-            new = name or str(position)
-            while new in taken or (new != name and new in given):
-                new += f"#{position}"
-            taken.add(new)
-            if new != name:
-                self.renamed[position] = new
+    @property
+    def job(self) -> dict[str, Any]:
+        """What decides the samples."""
+        return {
+            "kind": "llava",
+            "json": self.digest,
+            "images": str(self.images.resolve()),
+            "samples": len(self),
+        }
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -134,8 +127,8 @@ class LlavaSource:
         pictures = []
         for picture in text.meta["pictures"]:
             try:
-                pictures.append(_picture(self.images / picture))
-            except _Unusable as error:
+                pictures.append(picture_file(self.images / picture))
+            except Unusable as error:
                 return BadSample(name, text.position, picture, *error.args)
         return {
             "id": text.id,
@@ -168,39 +161,12 @@ def write(
     """
     if source.bad is not None and not skip_bad:  # known before anything is written
         raise UserError(f"{source.bad}; mend it, or leave bad samples out with --skip-bad")
-    images = str(source.images.resolve())
     if not len(source):
         raise UserError(f"{out}: no sample to write: the list is empty")
-    job = {"kind": "llava", "json": source.digest, "images": images, "samples": len(source)}
     return write_dataset(
-        out, source, job, size_limit=size_limit, workers=workers, skip_bad=skip_bad, progress=progress,
+        out, source, source.job, size_limit=size_limit, workers=workers, skip_bad=skip_bad, progress=progress,
         resumed=resumed,
     )  # fmt: skip
-
-
-class _Unusable(Exception):
-    """(reason, detail) of a picture that cannot be taken."""
-
-
-def _picture(path: Path) -> bytes:
-    """A picture's bytes, whose header decodes."""
-    try:
-        if not path.is_file():  # a pipe, for one, would keep us waiting
-            raise _Unusable("missing picture", "no such file in the picture folder")
-        encoded = path.read_bytes()
-    except OSError as error:
-        raise _Unusable("unreadable picture", f"cannot be read ({error.strerror})") from error
-    try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            picture.verify()
-    except Exception as error:  # decoders fail in many ways
-        raise _Unusable("unreadable picture", f"does not decode ({_without_object(error)})") from error
-    return encoded
-
-
-def _without_object(error: Exception) -> str:
-    """PIL names the buffer it read from by its address in memory, which differs each time."""
-    return first_line(error).partition(" <_io.BytesIO")[0]
 
 
 def _id(sample: Any) -> str:
