@@ -94,14 +94,12 @@ class Anatomy:
         return layers
 
     def head(self, hf: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (n, vocabulary) of hidden states (n, width), with the family's scaling and soft cap."""
-        text = hf.config.get_text_config()  # type: ignore[union-attr]
-        logits = hf.get_submodule(self.lm_head)(hidden)
-        scale = getattr(text, "logits_scaling", None)
-        if scale:
-            logits = logits / scale
-        cap = getattr(text, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        """Logits (n, vocabulary) of hidden states (n, width), as the stock vision-language class makes them.
+
+        None of the registered ones applies the soft cap or the scaling of its language model's configuration, which the
+        language model alone would (transformers 4.57 and 5.23).
+        """
+        return hf.get_submodule(self.lm_head)(hidden)
 
     def part_of(self, name: str) -> str:
         """Part that the parameter ``name`` of the Hugging Face model belongs to; the longest path wins."""

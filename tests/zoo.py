@@ -320,7 +320,8 @@ def internvl(size: int = 16) -> Built:
 
 
 def gemma3(size: int = 16) -> Built:
-    """Gemma 3: 8x8 patches averaged to 4x4 tokens that see each other; every other layer sees 24 tokens; soft cap."""
+    """Gemma 3: 8x8 patches averaged to 4x4 tokens that see each other; every other layer sees 24 tokens; a soft cap of its
+    language model, which the stock class ignores."""
     tokens = (size // 4) ** 2
     hf = Gemma3ForConditionalGeneration(
         Gemma3Config(
@@ -331,7 +332,7 @@ def gemma3(size: int = 16) -> Built:
                 query_pre_attn_scalar=8,
                 sliding_window=max(24, tokens),
                 layer_types=["sliding_attention", "full_attention"] * 2,
-                final_logit_softcapping=20.0,
+                final_logit_softcapping=0.1,
             ),
             mm_tokens_per_image=tokens,
             boi_token_index=_id("<start_of_image>"),

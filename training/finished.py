@@ -226,7 +226,7 @@ def largest_difference(
 ) -> float:
     """Largest difference of logits between our forward pass and the stock model's, one sample at a time.
 
-    In units of the largest logit where that is above 1: what is left of rounding grows with it (Gemma's are near 20).
+    In units of the largest logit where that is above 1: what is left of rounding grows with it (trained models' are near 20).
     """
     from ..data.prompts import prompts_of
     from ..models.geometry import PER_IMAGE_KEYS, PIXEL_KEY

@@ -249,6 +249,23 @@ def test_grid_and_box_say_where_in_the_picture_a_patch_was(family: str, size: tu
         assert _most(mean[1] - y[:, None], inside) < 0.01
 
 
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_pixels_beyond_a_tiles_last_whole_patch_are_seen_by_none(family: str) -> None:
+    """A tower of 18 pixels in patches of 4, as SigLIP has 384 in patches of 14."""
+    made = getattr(zoo, family)(18)
+    encoded = image_encoder_for(made.processor, made.hf.config).encode(ramp(36, 18))
+    anatomy = VisionLanguageModel(made.hf, made.processor).anatomy
+    assert len(anatomy.image_features(made.hf, encoded.pixels)) == len(encoded.token_ids) == 16 + 4 * 9
+    whole, mosaic = encoded.views
+    assert whole.box == pytest.approx((0, 0, 16 / 18, 16 / 18))
+    assert mosaic.grid == (4, 8) and mosaic.box == pytest.approx((0, 0, 34 / 36, 16 / 18))
+    _, shown = anatomy.pictures(encoded.pixels, made.processor)
+    assert shown.shape == (3, 16, 32)
+    red = shown[0].unflatten(1, (8, 4)).mean((0, 2))
+    centres = torch.tensor([tile * 18 + 4 * column + 2 for tile in range(2) for column in range(4)]) / 36
+    assert torch.allclose(red, centres, atol=0.005)
+
+
 @pytest.mark.parametrize("size", [(13, 16), (16, 11), (12, 9), (21, 13), (13, 21), (17, 19)])
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "CLIPImageProcessorFast"])
 def test_the_box_is_exact_where_the_crop_pads(kind: str, size: tuple[int, int]) -> None:
