@@ -248,7 +248,7 @@ def test_drivers_names_of_gpus() -> None:
         (["--gpu", "h10"], 2, "--gpu h10: not in the table"),
         (["--gpus", "3"], 2, "cannot be dealt to 3 GPUs"),
         (["--json"], 0, '"gpu_hours"'),
-        (["--gpus", "1", "--gpu", "l4"], 2, "needs"),
+        (["--gpus", "1", "--gpu", "l4", "activation_checkpointing=false"], 2, "needs"),
     ],
     ids=["gpu", "batch", "json", "memory"],
 )

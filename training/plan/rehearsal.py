@@ -120,6 +120,8 @@ class Rehearsal:
             }
             self.teachers = {n: twin(m, fake).eval() for n, m in networks.items() if m is not None}
         self.net.train()
+        self.tower: Any = self.net.hf.get_submodule(model.anatomy.vision_tower[0])
+        self._towers: dict[Any, tuple[Any, float]] = {}
 
     def peak(
         self, shape: Shape, *, checkpointing: bool, autocast: bool, gradients_there: bool = False
@@ -138,10 +140,31 @@ class Rehearsal:
             decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             decoder.gradient_checkpointing_disable()
-        if self.layers <= FEW[1]:
-            return self._peak(shape, self.layers, autocast, gradients_there)
-        few, more = (self._peak(shape, count, autocast, gradients_there) for count in FEW)
-        return few + (self.layers - FEW[0]) * (more - few)
+        seen, tower = self._frozen_tower(shape, autocast)
+        if seen is not None:
+            self.tower.forward = lambda *args, **kwargs: seen
+        try:
+            if self.layers <= FEW[1]:
+                return max(tower, self._peak(shape, self.layers, autocast, gradients_there))
+            few, more = (self._peak(shape, count, autocast, gradients_there) for count in FEW)
+            return max(tower, few + (self.layers - FEW[0]) * (more - few))
+        finally:
+            if seen is not None:
+                del self.tower.forward
+
+    def _frozen_tower(self, shape: Shape, autocast: bool) -> tuple[Any, float]:
+        """What a frozen tower makes of the pictures, and its own peak; it is the same for every way to train the rest."""
+        if any(p.requires_grad for p in self.tower.parameters()):
+            return None, 0.0
+        key = (shape.pictures, shape.picture, autocast)
+        if key not in self._towers:
+            with self.mode:
+                pixels = _inputs(shape, next(self.net.hf.parameters()).dtype)["pixels"]
+            tracker = Tracker([*self.tower.parameters(), *self.tower.buffers(), pixels])
+            with self.mode, tracker, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                made = self.tower(pixels, output_hidden_states=True)
+            self._towers[key] = made, float(tracker.peak)
+        return self._towers[key]
 
     def _peak(self, shape: Shape, layers: int, autocast: bool, gradients_there: bool) -> float:
         losses = {
@@ -157,11 +180,19 @@ class Rehearsal:
                 parameter.grad = torch.empty_like(parameter) if there else None
             inputs = _inputs(shape, next(self.net.hf.parameters()).dtype)
         gradients = [p.grad for p in parameters if p.grad is not None]
+        hooks = []
+        if (
+            not shape.masked
+        ):  # transformers makes a mask for every fake tensor, as it cannot see that none is needed
+            for layer in self.net.anatomy.decoder_layers(self.net.hf):
+                hooks.append(layer.register_forward_pre_hook(_unmasked, with_kwargs=True))
         tracker = Tracker([*parameters, *buffers, *gradients, *inputs.values()])
         with few_layers(self.net, layers), self.mode, tracker:  # type: ignore[arg-type]
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 total = self._forward(shape, inputs, losses)
             total.backward()
+        for hook in hooks:
+            hook.remove()
         for parameter in parameters:
             parameter.grad = None
         return float(tracker.peak)
@@ -189,6 +220,10 @@ class Rehearsal:
         pixels = torch.empty(count, 3, *picture_of(target, shape.grid, patch), dtype=dtype)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             run_network(teacher, pixels)
+
+
+def _unmasked(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "attention_mask": None}
 
 
 def _inputs(shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
