@@ -88,6 +88,10 @@ def build_shape(name: str, device: str) -> Built:
             hf = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
+    for (
+        parameter
+    ) in hf.parameters():  # whatever the library has made of the default; buffers stay as they are
+        parameter.data = parameter.data.to(SHAPES[name].dtype)
     return Built(name, hf.train(), llava_processor(tokenizer, 336, 14), burst=SHAPES[name].burst)
 
 

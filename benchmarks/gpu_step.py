@@ -58,7 +58,7 @@ def methods(prompt: str) -> dict[str, tuple[list[Any], bool]]:
     ross = lambda: ROSS(target="pixels")  # noqa: E731
     l2t = lambda: L2T(template_source="none")  # noqa: E731
     jarvis = lambda: JARVIS(target={"name": "tower", "path": "scenes"})  # noqa: E731
-    vift = lambda: ViFT(caption_prompts=[prompt])  # noqa: E731
+    vift = lambda: ViFT(caption_prompts=[prompt], max_refused=None)  # noqa: E731
     return {
         "baseline": ([], False),
         "baseline, bidirectional": ([], True),
@@ -90,6 +90,7 @@ class Bench:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = kind(self.parameters, lr=0.0, weight_decay=0.0, fused=True)
         self.memory: dict[str, float] = {}
+        self.losses: dict[str, float] = {}
 
     def facts(self) -> dict[str, Any]:
         """What the numbers were measured on."""
@@ -131,6 +132,7 @@ class Bench:
             trainer.fit(duration="1ep")
             if self.device == "cuda":
                 self.memory[name] = (torch.cuda.max_memory_allocated() - before) / MIB
+            self.losses[name] = clock.loss
             return Timed([b - a for a, b in pairwise(clock.marks)], clock.loss)
 
         return run
@@ -170,7 +172,13 @@ def measured(name: str, device: str, attention: str, rounds: int, seconds: float
             "flops_ratio": flops[n] / flops["baseline"],
             "mfu": None if peak is None else flops[n] / times.median / peak,
             "step_MiB": bench.memory.get(n),
+            "lm_loss": bench.losses[n],
         }
+    for n, same in (("ross", "baseline"), ("vift", "baseline"), ("jarvis", "baseline, bidirectional")):
+        if abs(bench.losses[n] - bench.losses[same]) > 1e-2 * abs(bench.losses[same]):
+            report.console().print(
+                f"{n}: loss of words {bench.losses[n]:.4f}, {same} {bench.losses[same]:.4f}: not the same work"
+            )
     facts = bench.facts()
     del bench, variants
     gc.collect()
