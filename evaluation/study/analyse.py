@@ -21,7 +21,7 @@ from .outcomes import outcomes_of
 from .power import POWER, detectable
 from .reading import Read, primary_of, read_runs
 from .resampled import Resampled
-from .run_files import contributions, costs, curves, tries
+from .run_files import contributions, costs, curves, tries, unlike
 from .verdicts import CEILING, floor_and_ceiling, placebos_of, verdict
 
 ABLATION = "ablation.json"
@@ -70,11 +70,13 @@ def analysed(study: Study, read: Read) -> dict[str, Any]:
         read.problems.append(f"the factorial lacks {', '.join(lacking)}: no main effects and interactions")
     results = {one.key: _endpoint(study, read, one, not lacking) for one in endpoints}
     _correct(study, endpoints, results)
+    versions = _versions(read)
+    read.problems += unlike(study)
     return {
         "format": FORMAT,
         "name": study.name,
         "question": study.question,
-        "versions": {"opsin": __version__, "numpy": np.__version__},
+        "versions": {"opsin": __version__, "numpy": np.__version__, "runs": versions},
         "method": {
             "interval": f"{LEVEL:.0%}, two-level bootstrap (seeds, pictures), percentiles stretched by t",
             "replicates": REPLICATES, "correction": "Holm, over the secondary endpoints of a cell",
@@ -95,6 +97,16 @@ def analysed(study: Study, read: Read) -> dict[str, Any]:
         "problems": list(dict.fromkeys(read.problems)),
         "checked": read.checked,
     }  # fmt: skip
+
+
+def _versions(read: Read) -> list[Mapping[str, str]]:
+    """With what the runs were scored; several are named among the problems."""
+    found = sorted({tuple(sorted(files.versions.items())) for files in read.runs.values()})
+    told = [dict(one) for one in found]
+    if len(told) > 1:
+        words = "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) or "not told" for one in told)
+        read.problems.append(f"runs were scored by unlike versions: {words}")
+    return told
 
 
 def _cell(study: Study, read: Read, cell: Cell) -> dict[str, Any]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ...models.errors import UserError
 from ..records import read_predictions
@@ -18,8 +15,12 @@ from .folder import Cell, Endpoint, Run, Study
 from .measures import form
 from .pictures import Units, read_index
 from .resampled import RunKey
+from .suite_of_run import Judged, SuiteOfRun, suite_of_run
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
+VERSIONS = ("opsin", "torch", "transformers")
+"""Keys of ``scores.json``."""
+
 PRIOR = ("conflict_accuracy", "aligned_accuracy", "balanced_accuracy", "prior_answer_rate")
 """Measures that stand beside each other wherever questions have a prior answer."""
 
@@ -32,6 +33,7 @@ class RunFiles:
         cell, run: whose it is.
         folder: relative to the study.
         scores: suites of its ``scores.json``.
+        versions: of what it was scored with.
         suites: suite -> what was read of it.
     """
 
@@ -39,24 +41,8 @@ class RunFiles:
     run: Run
     folder: str
     scores: Mapping[str, Any]
+    versions: Mapping[str, str]
     suites: dict[str, SuiteOfRun] = field(default_factory=dict)
-
-
-@dataclass
-class SuiteOfRun:
-    """Answers of a run to one suite.
-
-    Attributes:
-        ids: of its questions.
-        asked: hash of each question, its gold answer and its id.
-        columns: endpoint -> (n, K).
-        right: share right of each question (NaN: not judged), for the wall.
-    """
-
-    ids: list[str]
-    asked: list[int]
-    columns: dict[Endpoint, np.ndarray]
-    right: np.ndarray
 
 
 @dataclass
@@ -81,7 +67,7 @@ class Read:
     units: dict[str, Units]
     records: dict[str, dict[str, Mapping[str, Any]]]
     checked: int = 0
-    judged: dict[str, dict[tuple[str, ...], dict[str, Any]]] = field(default_factory=dict)
+    judged: dict[str, Judged] = field(default_factory=dict)
 
 
 def read_runs(study: Study) -> Read:
@@ -124,7 +110,7 @@ def _read_run(study: Study, cell: Cell, run: Run, found: Read) -> None:
     folder = study.folder / run.folder
     try:
         records = read_predictions(folder / PREDICTIONS)
-        scores = _scores(folder / SCORES)
+        body = _scores(folder / SCORES)
     except UserError as error:
         found.problems.append(
             f"{cell.name}, seed {run.seed}: {str(error).replace(str(study.folder) + '/', '')}"
@@ -133,7 +119,9 @@ def _read_run(study: Study, cell: Cell, run: Run, found: Read) -> None:
     by_suite: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_suite.setdefault(record["suite"], []).append(record)
-    files = RunFiles(cell, run, run.folder, scores)
+    scores = body["suites"]
+    versions = {name: str(body[name]) for name in VERSIONS if name in body}
+    files = RunFiles(cell, run, run.folder, scores, versions)
     for suite, those in by_suite.items():
         name = those[0].get("scorer") or str(scores.get(suite, {}).get("scorer", "")).partition("/")[0]
         if not name:
@@ -155,7 +143,7 @@ def _read_run(study: Study, cell: Cell, run: Run, found: Read) -> None:
                     {k: record[k] for k in ("id", "question", "gold", "kind", "meta", "choices")},
                 )
         wanted = [one for one in found.endpoints if one.suite == suite]
-        files.suites[suite] = _of_suite(
+        files.suites[suite] = suite_of_run(
             found.scorers[suite], those, wanted, found.judged.setdefault(suite, {})
         )
     _check(files, found)
@@ -197,71 +185,16 @@ def _shown(scorer: Scorer, records: Sequence[Mapping[str, Any]]) -> str:
     return scorer.primary
 
 
-def _of_suite(
-    scorer: Scorer,
-    records: list[dict[str, Any]],
-    wanted: Sequence[Endpoint],
-    judged: dict[tuple[str, ...], dict[str, Any]],
-) -> SuiteOfRun:
-    forms = {one: form(scorer, one.measure) for one in wanted}
-    captions = scorer.name.startswith("scene_captions")
-    _judge(scorer, records, captions, judged)
-    columns: dict[Endpoint, np.ndarray] = {}
-    for one, shape in forms.items():
-        if one.kind is None:
-            columns[one] = shape.columns(records, scorer)
-            continue
-        at = [i for i, record in enumerate(records) if record["kind"] == one.kind]
-        if not at:
-            raise UserError(f"{one.key}: no question of kind '{one.kind}'")
-        part = shape.columns([records[i] for i in at], scorer)
-        columns[one] = np.zeros((len(records), part.shape[1]))
-        columns[one][at] = part
-    right = np.array([np.nan if r["right"] is None else float(r["right"]) for r in records])
-    asked = [_digest(f"{r['id']}\0{r['question']}\0{r['gold']}") for r in records]
-    return SuiteOfRun([r["id"] for r in records], asked, columns, right)
-
-
-def _judge(
-    scorer: Scorer,
-    records: list[dict[str, Any]],
-    captions: bool,
-    judged: dict[tuple[str, ...], dict[str, Any]],
-) -> None:
-    """Mark predictions, each answer to a question once; of captions, hold them against their scenes (``compared``)."""
-    keys: list[tuple[str, ...]] = [
-        (r["id"], r["question"], r["gold"], r["output"], str(r.get("error"))) for r in records
-    ]
-    ranked = [i for i, record in enumerate(records) if record.get("logprobs")]
-    for i in ranked:
-        keys[i] = (*keys[i], json.dumps(records[i]["logprobs"], sort_keys=True))
-    new = {key: record for key, record in zip(keys, records, strict=True) if key not in judged}
-    if captions:
-        from ..scorers.captions import compared
-
-        for key, record in new.items():  # none is judged as a whole: hardly one says all
-            judged[key] = {"compared": compared(record), "parsed": scorer.read(record), "right": None}
-    else:
-        marked = scorer.mark(list(new.values()))
-        for key, record in zip(new, marked, strict=True):
-            judged[key] = {"parsed": record["parsed"], "right": record["right"]}
-    for key, record in zip(keys, records, strict=True):
-        record.update(judged[key])
-
-
-def _digest(words: str) -> int:
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
-
-
 def _scores(path: Path) -> Mapping[str, Any]:
     try:
-        suites = json.loads(path.read_text(encoding="utf-8"))["suites"]
+        body = json.loads(path.read_text(encoding="utf-8"))
+        suites = body["suites"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = getattr(error, "strerror", None) or "no scores.json of opsin eval"
         raise UserError(f"{path}: cannot be read ({why})") from error
     if not isinstance(suites, dict):
         raise UserError(f"{path}: no scores.json of opsin eval")
-    return suites
+    return body
 
 
 def _check(files: RunFiles, found: Read) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .folder import Cell, Study
+from .folder import METHOD_ROLES, Cell, Study
 from .over_seeds import over_seeds, paired, thinned
 from .reading import Read
 
@@ -22,6 +22,9 @@ CURVE = "loss/train/lm"
 
 CONTROLS = ("other", "removed", "grey")
 """Of Visual Contribution; another picture is the one to trust, a grey one is mostly noise."""
+
+UNLIKE = 0.01
+"""Share by which steps or tokens of a cell may differ from its baseline's."""
 
 COSTS = ("seconds_a_step", "peak_bytes", "seconds", "steps", "tokens")
 
@@ -157,3 +160,29 @@ def tries(cell: Cell) -> int | None:
     """Settings tried for a cell on the dev split; None: not told."""
     told = [run.tries for run in cell.runs if run.tries is not None]
     return max(told) if told else None
+
+
+def unlike(study: Study) -> list[str]:
+    """In words, what makes a comparison unfair: other numbers of tries, steps or tokens than the baseline's."""
+    found = []
+    counts = {name: tries(cell) for name, cell in study.cells.items()}
+    known = {name: count for name, count in counts.items() if count is not None}
+    if len(set(known.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in known.items())
+        found.append(f"cells were tuned with unlike numbers of tries: {told}")
+    for name, cell in study.cells.items():
+        if cell.role not in METHOD_ROLES or cell.matched_to is None:
+            continue
+        other = {run.seed: run.cost for run in study.cells[cell.matched_to].runs if run.status == "done"}
+        for cost in ("steps", "tokens"):
+            pairs = [
+                (run.cost[cost], other[run.seed][cost])
+                for run in cell.runs
+                if run.status == "done" and run.cost.get(cost) and other.get(run.seed, {}).get(cost)
+            ]
+            apart = next(((own, its) for own, its in pairs if abs(own / its - 1) > UNLIKE), None)
+            if apart is not None:
+                found.append(
+                    f"{name}: {apart[0]:,.0f} {cost}, {cell.matched_to} {apart[1]:,.0f}: not matched"
+                )
+    return found

@@ -227,6 +227,24 @@ def test_scores_of_other_predictions_are_refused(tmp_path: Path) -> None:
         analyse(tmp_path)
 
 
+def test_what_makes_a_comparison_unfair_is_named(tmp_path: Path) -> None:
+    made = StudyMaker(
+        tmp_path, [cell("baseline", (), "baseline"), cell("l2t", ["l2t"])], PAIRS, seeds=(17, 18)
+    )
+    assert not analyse(tmp_path)["problems"]
+    rows = {(row["name"], row["seed"]): row for row in made.study["cells"]}
+    rows["l2t", 17]["tries"] = 9
+    rows["l2t", 18]["cost"]["tokens"] *= 1.5
+    made.write()
+    path = tmp_path / "cells/l2t-18/scores.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "2.7.0"}))
+    assert analyse(tmp_path)["problems"] == [
+        "runs were scored by unlike versions: not told; torch 2.7.0",
+        "cells were tuned with unlike numbers of tries: baseline 4, l2t 9",
+        "l2t: 600,000 tokens, baseline 400,000: not matched",
+    ]
+
+
 BAD: list[tuple[str, Any]] = [
     ("baseline 'base': no such", {"baseline": "base"}),
     ("primary", {"primary": {"suite": "minimal_pairs"}}),
