@@ -96,3 +96,12 @@ def ended(**options: Any) -> dict[str, Any]:
     except UserError as error:
         result, said = {}, str(error)
     return {**result, "said": said, "steps": Keep.last}
+
+
+def run_ended(files: list[str], arguments: list[str] = ()) -> str | None:
+    """``jobs.run_yaml``, and the line with which it was refused on this rank; None: it came to its end."""
+    try:
+        jobs.run_yaml(files, arguments)
+    except UserError as error:
+        return str(error)
+    return None

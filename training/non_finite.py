@@ -124,7 +124,8 @@ class NonFinite(Callback):
         if stop is not None:
             good = dist.all_gather_object(last_good_checkpoint(state, before_now=broken))[0]
             raise UserError(f"{line}; {stop}; {good}")
-        log.warning("%s; left out (%d so far)", line, self.skipped)
+        if dist.get_global_rank() == 0:
+            log.warning("%s; left out (%d so far)", line, self.skipped)
         logger.log_metrics({"non_finite/skipped": self.skipped})
 
     def _why_stop(self, broken: bool) -> str | None:

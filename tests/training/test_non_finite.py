@@ -182,18 +182,7 @@ def test_a_stored_target_that_is_infinite_ends_a_run_which_goes_on_from_the_name
 ) -> None:
     """Through ``opsin train``: exit code 2 and one line; the same command with ``non_finite=skip`` goes on."""
     data, bad = stored_with_infinity(tmp_path, scenes)
-    ross = {"ross": {"target": {"name": "pixels", "cell": 4}, "width": 64, "draws": 1, "stored": "required"}}
-    loader = {"dataset": {"remote": data, "shuffle": False}}
-    model = {k: v for k, v in runs.SMALL["model"].items() if k != "patch_size"}
-    config = runs.config_file(
-        tmp_path,
-        data,
-        algorithms=ross,
-        train_loader=loader,
-        save_interval="1ba",
-        max_duration="4ba",
-        model=model,
-    )
+    config = infinite_run(tmp_path, data)
 
     def typed(*words: str) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["opsin", "train", config, *words])
@@ -222,6 +211,40 @@ def test_a_stored_target_that_is_infinite_ends_a_run_which_goes_on_from_the_name
     assert lines[3]["loss/train/ross"] is not None
     notes = (folder / "stages" / "instruct" / "non_finite.jsonl").read_text().splitlines()
     assert [[s["id"] for s in json.loads(note)["samples"]] for note in notes] == [[bad], [bad]]
+
+
+@pytest.mark.slow
+@pytest.mark.world
+def test_sharded_ranks_end_alike_and_go_on_from_the_named_checkpoint(
+    tmp_path: Path, scenes: str, own_cache: None, ranks: Any
+) -> None:
+    data, bad = stored_with_infinity(tmp_path, scenes)
+    config = infinite_run(tmp_path, data, parallelism_config={"fsdp2": {}}, device_train_microbatch_size=2)
+    first, second = ranks.run("poison:run_ended", files=[config], timeout=240)
+    assert first == second is not None
+    assert first.startswith(f"step 3: loss/train/ross is not finite for sample '{bad}' (uid ")
+    checkpoint = Path(first.partition("last good checkpoint: ")[2].removesuffix(" (step 2)"))
+    assert checkpoint.is_dir() and (checkpoint / ".metadata").is_file() and checkpoint.name == "ep0-ba2"
+    went_on = ranks.run("poison:run_ended", files=[config], arguments=["non_finite=skip"], timeout=240)
+    assert went_on == [None, None]
+    lines = read_metrics(tmp_path / "runs" / "small" / "metrics.jsonl")
+    assert [entry["step"] for entry in lines] == [1, 2, 3, 4] and lines[2]["non_finite/skipped"] == 1
+
+
+def test_a_packed_row_is_named_whole() -> None:
+    said = ended(**poisoned(), packing=True)["said"]
+    assert said.startswith("step 2: loss/train/poison is not finite for ") and f"'{BAD}' (uid " in said
+
+
+def infinite_run(tmp_path: Path, data: str, **changes: Any) -> str:
+    """A run over :func:`stored_with_infinity`."""
+    ross = {"ross": {"target": {"name": "pixels", "cell": 4}, "width": 64, "draws": 1, "stored": "required"}}
+    options: dict[str, Any] = {
+        "algorithms": ross, "train_loader": {"dataset": {"remote": data, "shuffle": False}},
+        "save_interval": "1ba", "max_duration": "4ba",
+        "model": {k: v for k, v in runs.SMALL["model"].items() if k != "patch_size"},
+    }  # fmt: skip
+    return runs.config_file(tmp_path, data, **options, **changes)
 
 
 def stored_with_infinity(tmp_path: Path, scenes: str) -> tuple[str, str]:
