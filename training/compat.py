@@ -35,6 +35,7 @@ def apply(*, trust_checkpoints: bool = False) -> None:
     load_checkpoints_without_code(trust_checkpoints)
     load_checkpoints_of_either_form()
     wait_for_files_of_ones_own_node()
+    keep_frozen_parameters_frozen()
 
 
 def average_gradients_on_gloo() -> None:
@@ -149,6 +150,32 @@ def wait_for_files_of_ones_own_node() -> None:
 
 _STOCK_LOAD: Any = None
 _TRUSTED: bool | None = None
+
+
+def keep_frozen_parameters_frozen() -> None:
+    """Let Composer's algorithms that replace modules (LowPrecisionLayerNorm) meet frozen ones.
+
+    Composer 0.32.1 looks for every replaced parameter in the optimizer and raises where it is not, as in a frozen vision
+    tower; with an optimizer of one group it would train it from then on.
+    """
+    from composer.utils import module_surgery
+
+    stock = module_surgery.update_params_in_optimizer
+    if getattr(stock, "_opsin", False):
+        return
+
+    def update(old_params: Any, new_params: Any, optimizers: Any) -> None:
+        old, new = list(old_params), list(new_params)
+        if len(old) == len(new):
+            for before, after in zip(old, new, strict=True):
+                after.requires_grad_(before.requires_grad)
+        old, new = ([p for p in parameters if p.requires_grad] for parameters in (old, new))
+        if old or new:
+            stock(old, new, optimizers)
+
+    update._opsin = True  # type: ignore[attr-defined]
+    update._stock = stock  # type: ignore[attr-defined]
+    module_surgery.update_params_in_optimizer = update
 
 
 def load_file(path: Path, map_location: str = "cpu") -> Any:

@@ -242,3 +242,32 @@ def test_a_run_that_ended_between_its_last_checkpoint_and_its_model_goes_on_from
     again = train(load([str(first.config)]))
     assert runs.losses(again.path) == before and len(read_metrics(again.metrics)) == steps
     assert (again.stage("instruct") / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_replaced_modules_stay_frozen_where_composer_would_raise_or_train_them() -> None:
+    """The stock function first, so that this fails when upstream has mended it."""
+    from composer.utils import module_surgery
+
+    def surgery() -> tuple[torch.nn.Sequential, torch.optim.Optimizer]:
+        net = torch.nn.Sequential(
+            torch.nn.LayerNorm(2).requires_grad_(False), torch.nn.LayerNorm(2), torch.nn.Linear(2, 2)
+        )
+        groups = [{"params": list(net[i].parameters())} for i in (1, 2)]
+        return net, torch.optim.AdamW(groups)
+
+    def replace(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        policies: Any = {torch.nn.LayerNorm: lambda child, index: torch.nn.LayerNorm(2)}
+        module_surgery.replace_module_classes(net, policies, optimizers=optimizer)
+
+    ours = module_surgery.update_params_in_optimizer
+    module_surgery.update_params_in_optimizer = ours._stock  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(RuntimeError, match="are not in the optimizer"):
+            replace(*surgery())
+    finally:
+        module_surgery.update_params_in_optimizer = ours
+    net, optimizer = surgery()
+    replace(net, optimizer)
+    assert [p.requires_grad for p in net.parameters()] == [False, False, True, True, True, True]
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in net.parameters() if p.requires_grad}
