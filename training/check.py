@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from rich.console import Console
 from rich.table import Table
+from transformers import modeling_utils
 
 from ..algorithms.base import VisionAlgorithm
 from ..data.chat import TEMPLATES
@@ -136,7 +138,8 @@ def prepared(
     where = lambda *key: stage.where(loaded, *key)  # noqa: E731
     earlier = stage.start is not None and stage.start.path in names
     source = Stage(stage.name, config, stage.path, "", None) if earlier else stage
-    model = build_model(loaded, source, folder, names, meta=True)
+    with without_initial_weights():
+        model = build_model(loaded, source, folder, names, meta=True)
     check_window(loaded, model)
     lr = float(config.optimizer.get("lr", 2.0e-5))
     optimizer = build_optimizer(config, parameter_groups(model, lr, config.lr_by_part, 0.0), where)
@@ -154,6 +157,14 @@ def prepared(
     with by_configuration():
         Engine(state=state, logger=Logger(state)).run_event(Event.INIT)
     return model, algorithms, optimizer
+
+
+def without_initial_weights() -> AbstractContextManager[Any]:
+    """Leave out what models draw at first, which nobody looks at here and takes most of the time.
+
+    transformers 5 would leave out tied weights with it; there it stays as it is.
+    """
+    return getattr(modeling_utils, "no_init_weights", nullcontext)()
 
 
 def _check_stage(

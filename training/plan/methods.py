@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,10 @@ def picture_of(target: Target, grid: Grid, patch: int) -> tuple[int, int]:
 def run_network(network: nn.Module, pixels: torch.Tensor) -> Any:
     """A target's network on normalised pixels (B, 3, H, W): an auto-encoder encodes, all others are called."""
     encode = getattr(network, "encode", None)
-    return encode(pixels) if callable(encode) else network(pixels)
+    if callable(encode):
+        return encode(pixels)
+    any_size = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+    return network(pixels, interpolate_pos_encoding=True) if any_size else network(pixels)
 
 
 def target_operations(target: Target, grid: Grid, patch: int) -> float:

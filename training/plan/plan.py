@@ -127,8 +127,8 @@ def make_plan(loaded: Loaded, asked: Asked) -> Plan:
     model, presets = stand_ins(run.model)
     loaded = replace(loaded, run=replace(run, model=model))
     folder = RunFolder(run.run_root, run.run_name)
-    planned = []
-    for stage in stages:
+    for stage in stages:  # all mistakes before the first model is built
+        assumed(run.plan, stage.name, True, partial(loaded.where, "plan"))
         batch = stage.config.global_train_batch_size
         if batch % asked.gpus:
             near = [n for n in range(1, asked.gpus) if batch % n == 0]
@@ -136,9 +136,8 @@ def make_plan(loaded: Loaded, asked: Asked) -> Plan:
                 f"{stage.where(loaded, 'global_train_batch_size')}: {batch} cannot be dealt to {asked.gpus} GPUs; use a "
                 f"multiple of {asked.gpus}, or --gpus {near[-1] if near else 1}"
             )
-        assumed(
-            run.plan, stage.name, True, partial(loaded.where, "plan")
-        )  # a typo should not wait for a model
+    planned = []
+    for stage in stages:
         built, algorithms, _ = prepared(loaded, stage, folder, names)
         planned.append(_stage(loaded, stage, built, algorithms, asked))
     return Plan(asked, presets, planned)
