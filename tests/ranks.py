@@ -78,6 +78,7 @@ class RankPool:
         if self.forked:
             context = mp.get_context("forkserver")
             context.set_forkserver_preload(["jobs", "methods"])
+            self._start_server()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
@@ -89,6 +90,21 @@ class RankPool:
                 self.close()
                 raise RuntimeError("the ranks did not start within 180 s")
             assert pipe.recv() == "ready"
+
+    @staticmethod
+    def _start_server() -> None:
+        """Start the server with the path that its imports need (Python 3.11 does not give it ours, and says nothing)."""
+        from multiprocessing.forkserver import ensure_running
+
+        path = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+        wanted = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            ensure_running()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
     def run(self, job: str, timeout: float = 120, **kwargs: Any) -> list[Any]:
         """Run a job on all ranks; results in the order of ranks. A rank's error or silence ends the pool."""
