@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 SETTINGS: dict[str, tuple[str, str]] = {
     "attn_implementation=flex_attention, device=cpu": (
         REFUSED,
-        "torch's FlexAttention does not differentiate on a CPU; use sdpa",
+        "torch's FlexAttention does not train on a CPU; use sdpa",
     ),
     "compile=true, attn_implementation=flex_attention": (
         WARNING,

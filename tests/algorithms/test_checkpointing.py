@@ -74,7 +74,7 @@ def test_layers_run_twice_and_a_tap_is_the_first_pass(name: str) -> None:
     calls: list[int] = []
     layers = drill.model.anatomy.decoder_layers(drill.model.hf)
     handles = [
-        layer.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, layer in enumerate(layers, 1)
+        layer.register_forward_pre_hook(lambda *_, n=n: calls.append(n)) for n, layer in enumerate(layers, 1)
     ]
     (part,) = drill.parts(batch)
     drill.state.batch, drill.state.loss = part, {}
