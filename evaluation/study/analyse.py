@@ -99,7 +99,7 @@ def analysed(study: Study, read: Read) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _versions(read: Read) -> list[Mapping[str, str]]:
+def _versions(read: Read) -> list[dict[str, str]]:
     """With what the runs were scored; several are named among the problems."""
     found = sorted({tuple(sorted(files.versions.items())) for files in read.runs.values()})
     told = [dict(one) for one in found]

@@ -234,5 +234,5 @@ def _resolve_identical(study: Study, found: Read) -> None:
                 )
             else:
                 found.runs[cell.name, run.seed] = RunFiles(
-                    cell, run, other.folder, other.scores, other.suites
+                    cell, run, other.folder, other.scores, other.versions, other.suites
                 )
