@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from .components import grid_side
 from .components import load_vision_tower as load_vision_tower  # where it was before
 from .errors import UserError
+from .own_llava import OwnLlava, OwnLlavaConfig, make_projector
 from .towers import TokenTower
 from .two_towers import TwoTowers
 
@@ -28,6 +30,7 @@ def llava_from_parts(
     image_token_id: int,
     vision_feature_layer: int | None = None,
     projector_hidden_act: str = "gelu",
+    projector_layers: int = 2,
     seed: int = 0,
 ) -> LlavaForConditionalGeneration:
     """Join a vision tower and a language model by a new projector; both are used as they are, not copied.
@@ -41,7 +44,9 @@ def llava_from_parts(
         vision_feature_layer: which of the tower's hidden states; default: the last for our own classes
             (:class:`~opsin.models.towers.TokenTower`, :class:`~opsin.models.two_towers.TwoTowers`), else the last but
             one, as in LLaVA.
-        projector_hidden_act: between the projector's two layers.
+        projector_hidden_act: between the projector's layers.
+        projector_layers: of the projector. With another number than 2, or a language model whose head has a bias, the
+            model is a :class:`~opsin.models.own_llava.OwnLlava`, else of transformers' own class.
         seed: of the projector's weights; PyTorch's global generator is left as it was.
 
     Returns:
@@ -56,7 +61,10 @@ def llava_from_parts(
     side = grid_side(vision_tower.config, type(vision_tower).__name__)
     if vision_feature_layer is None:
         vision_feature_layer = -1 if isinstance(vision_tower, TokenTower | TwoTowers) else -2
-    config = LlavaConfig(
+    head_bias = getattr(language_model.get_output_embeddings(), "bias", None) is not None
+    own = projector_layers != 2 or head_bias
+    kind = partial(OwnLlavaConfig, projector_layers, head_bias) if own else LlavaConfig
+    config = kind(
         vision_config=vision_tower.config,
         text_config=text_config,
         image_token_index=image_token_id,
@@ -68,10 +76,10 @@ def llava_from_parts(
         pad_token_id=text_config.pad_token_id,
     )
     with torch.device("meta"):  # an empty frame: its parts come ready made
-        model = LlavaForConditionalGeneration(config)
+        model = OwnLlava(config) if own else LlavaForConditionalGeneration(config)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = LlavaMultiModalProjector(config)
+        projector: Any = make_projector(config) if own else LlavaMultiModalProjector(config)
     model.model.vision_tower = vision_tower.to(language_model.device, language_model.dtype)
     model.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
     model.model.language_model = language_model.get_decoder()

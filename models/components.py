@@ -158,9 +158,10 @@ def load_language_model(
         if not weights:
             config = AutoConfig.from_pretrained(source)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **kwargs
         )
+        model, info = loaded
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load a language model from '{source}': {_first_line(error)}") from error
     _refuse_missing(source, "language model", info)

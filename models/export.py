@@ -120,7 +120,7 @@ def load_model(
         UserError: nothing can be loaded from there, or some of the model's tensors are not in it (a vision
             tower would silently stay random).
     """
-    from . import towers as towers  # our own tower class, if a configuration names it
+    from . import own_llava, two_towers  # noqa: F401  our own classes, if a configuration names one
 
     name = str(source)
     if not (Path(name) / "config.json").is_file() and (Path(name).is_absolute() or name.startswith(".")):
@@ -174,7 +174,7 @@ def load_processor(source: str | Path) -> tuple[Any, Any]:
     Raises:
         UserError: they cannot be loaded from there.
     """
-    from . import towers as towers  # our own tower class, if a configuration names it
+    from . import own_llava, two_towers  # noqa: F401  our own classes, if a configuration names one
 
     try:
         return AutoProcessor.from_pretrained(str(source)), AutoConfig.from_pretrained(str(source))
@@ -191,6 +191,21 @@ def split_heads(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Ten
         method, _, rest = name.partition(".")
         heads.setdefault(method, {})[rest] = value
     return heads
+
+
+def own_classes(config: Any) -> list[str]:
+    """Modules that have to be imported before plain transformers loads such a model: they register our own classes."""
+    from .own_llava import OwnLlavaConfig
+    from .towers import TokenTowerConfig
+    from .two_towers import TwoTowersConfig
+
+    parts = (config, getattr(config, "vision_config", None))
+    # (two_towers registers the tower of towers as well)
+    return [
+        k.__module__
+        for k in (OwnLlavaConfig, TokenTowerConfig, TwoTowersConfig)
+        if type(parts[k is not OwnLlavaConfig]) is k
+    ]
 
 
 def describe(folder: str | Path) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
-from transformers.activations import ACT2FN
 
 from .assemble import llava_from_parts, llava_processor, prefix_tokens
 from .components import Tower, load_language_model, load_tokenizer, load_tower
 from .errors import UserError, nearest
+from .own_llava import projector_layers
 from .towers import TokenTower
 from .two_towers import TwoTowers
 
@@ -47,8 +47,9 @@ def from_parts(
         vision_tower: see :func:`~opsin.models.components.load_tower`; or a list of two or more, whose features are
             joined channel after channel (:class:`~opsin.models.two_towers.TwoTowers`).
         language_model: hub name or folder of a causal language model with its tokenizer.
-        mm_projector: type (``mlp2x_gelu``, or another activation of transformers), or ``{type, weights}`` with a
-            file of a trained one (LLaVA's ``mm_projector.bin``, or ``.safetensors``).
+        mm_projector: type (``mlp2x_gelu``, ``linear``, ``mlp3x_gelu`` ...; see
+            :func:`~opsin.models.own_llava.projector_layers`), or ``{type, weights}`` with a file of a trained one
+            (LLaVA's ``mm_projector.bin``, or ``.safetensors``).
         layer: hidden state of the tower that is read; None: the last but one, as in LLaVA.
         image_token: stands for one visual token; added to the tokenizer where it is not yet.
         image_aspect_ratio: one of :data:`ASPECT_RATIOS`.
@@ -63,7 +64,7 @@ def from_parts(
     Raises:
         UserError: a part cannot be found, read or joined to the others; the line says which.
     """
-    activation = _activation(mm_projector, where)
+    layers, activation = _projector(mm_projector, where)
     if image_aspect_ratio not in ASPECT_RATIOS:
         raise UserError(
             f"{where('image_aspect_ratio')} '{image_aspect_ratio}': unknown{nearest(image_aspect_ratio, ASPECT_RATIOS)}"
@@ -85,6 +86,7 @@ def from_parts(
             image_token_id=token_id,
             vision_feature_layer=tower.layer,
             projector_hidden_act=activation,
+            projector_layers=layers,
             seed=seed,
         )
     except UserError as error:
@@ -152,6 +154,9 @@ def add_image_token(language_model: Any, tokenizer: Any, token: str) -> int:
         with torch.no_grad():
             for rows in {m.weight.data_ptr(): m.weight for m in modules if m is not None}.values():
                 rows[old:] = rows[:old].float().mean(dim=0).to(rows.dtype)
+            bias = getattr(language_model.get_output_embeddings(), "bias", None)
+            if bias is not None:
+                bias[old:] = bias[:old].float().mean().to(bias.dtype)
     return token_id
 
 
@@ -217,7 +222,9 @@ def load_projector(model: Any, file: str, where: str, check: bool = True) -> Non
     projector: nn.Module = model.model.multi_modal_projector
     wanted = projector.state_dict()
     found = {re.sub(r"^.*(mm_projector|multi_modal_projector)\.", "", k): v for k, v in stored.items()}
-    found = {re.sub(r"^0\.", "linear_1.", re.sub(r"^2\.", "linear_2.", k)): v for k, v in found.items()}
+    # LLaVA counts activations, too: 0, 2, 4 ...; its single layer has no number.
+    found = {re.sub(r"^(\d+)\.", lambda m: f"linear_{int(m[1]) // 2 + 1}.", k): v for k, v in found.items()}
+    found = {f"linear_1.{k}" if k in ("weight", "bias") else k: v for k, v in found.items()}
     shapes = {k: tuple(v.shape) for k, v in found.items() if k in wanted}
     if shapes != {k: tuple(v.shape) for k, v in wanted.items()}:
         raise UserError(
@@ -227,21 +234,16 @@ def load_projector(model: Any, file: str, where: str, check: bool = True) -> Non
     projector.load_state_dict({k: found[k] for k in wanted})
 
 
-def _activation(spec: str | Mapping[str, Any], where: Callable[[str], str]) -> str:
-    """The activation between a projector's two layers, as transformers names it."""
+def _projector(spec: str | Mapping[str, Any], where: Callable[[str], str]) -> tuple[int, str]:
+    """Layers of a projector, and the activation between them."""
     given: dict[str, Any] = {"type": spec} if isinstance(spec, str) else dict(spec)
     for key in given:
         if key not in _PROJECTOR_KEYS:
             raise UserError(f"{where('mm_projector')}.{key}: unknown key{nearest(key, _PROJECTOR_KEYS)}")
-    kind = str(given.get("type", "mlp2x_gelu"))
-    found = re.fullmatch(r"mlp2x_(\w+)", kind)
-    if found is None or found[1] not in ACT2FN:
-        known = ["mlp2x_gelu", "mlp2x_relu", "mlp2x_silu", "mlp2x_quick_gelu"]
-        raise UserError(
-            f"{where('mm_projector')} '{kind}': a LLaVA of transformers has a projector of two layers"
-            f"{nearest(kind, known)}"
-        )
-    return found[1]
+    try:
+        return projector_layers(str(given.get("type", "mlp2x_gelu")))
+    except UserError as error:
+        raise UserError(f"{where('mm_projector')} {error}") from error
 
 
 def _refuse_text(text: Any, where: str) -> None:
@@ -252,9 +254,6 @@ def _refuse_text(text: Any, where: str) -> None:
         raise UserError(
             f"{where}: {type(text).__name__} does not keep its decoder as Llama, Qwen, Mistral or Phi-3 do"
         )
-    head = text.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise UserError(f"{where}: {type(text).__name__} has a head with a bias, which LLaVA's has not")
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(text.config, key, None):
             raise UserError(

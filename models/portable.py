@@ -13,20 +13,26 @@ from typing import Any
 import torch
 
 _TOWER = "model.vision_tower."
-_INNER = _TOWER + "vision_model."
+_INNER = "vision_model."
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Vision models that hold another one called ``vision_model`` in 4.57, and are flat in 5."""
 
 
 def portable_names(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """Weights under the names that both read: CLIP and SigLIP towers as 4.57 nests them."""
-    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if tower not in _NESTED_TOWERS or any(name.startswith(_INNER) for name in weights):
-        return weights
-    return {
-        (_INNER + name.removeprefix(_TOWER) if name.startswith(_TOWER) else name): value
-        for name, value in weights.items()
-    }
+    vision = getattr(config, "vision_config", None)
+    several = getattr(vision, "towers", None)  # of models/two_towers.py
+    kinds = {_TOWER: getattr(vision, "model_type", None)}
+    if isinstance(several, list):
+        kinds = {f"{_TOWER}towers.{i}.": each.get("model_type") for i, each in enumerate(several)}
+    for tower, kind in kinds.items():
+        inner = tower + _INNER
+        if kind in _NESTED_TOWERS and not any(name.startswith(inner) for name in weights):
+            weights = {
+                (inner + name.removeprefix(tower) if name.startswith(tower) else name): value
+                for name, value in weights.items()
+            }
+    return weights
 
 
 def make_portable(folder: Path, processor: Any) -> None:

@@ -68,8 +68,12 @@ class TwoTowersConfig(PretrainedConfig):
         self.image_means = [list(each) for each in image_means]
         self.image_stds = [list(each) for each in image_stds]
         self.num_channels = num_channels
+        self.image_size, self.patch_size, self.hidden_size = (
+            image_size or 0,
+            patch_size or 0,
+            hidden_size or 0,
+        )
         if not towers:  # transformers makes an empty one to compare with
-            self.image_size, self.patch_size, self.hidden_size = image_size, patch_size, hidden_size
             return
         parts = self.parts()
         side = parts[0].image_size // parts[0].patch_size
@@ -80,7 +84,7 @@ class TwoTowersConfig(PretrainedConfig):
             else:
                 patch_size = math.ceil(largest / side)
                 image_size = side * patch_size
-        self.image_size, self.patch_size = int(image_size), int(patch_size)
+        self.image_size, self.patch_size = image_size, patch_size
         self.hidden_size = sum(int(part.hidden_size) for part in parts)
 
     def parts(self) -> list[Any]:

@@ -23,7 +23,7 @@ from ..data.schema import IMAGE_MARK, pack_images
 from ..evaluation.adapter import VLMAdapter
 from ..evaluation.open_model import open_folder
 from ..models.errors import UserError, nearest
-from ..models.export import load_model
+from ..models.export import load_model, own_classes
 from ..models.vlm import VisionLanguageModel
 from .config import Loaded, load
 from .run_folder import RunFolder
@@ -217,7 +217,10 @@ def export_run(path: Path, out: Path, console: Console) -> None:
         console.print(
             f"{out}: plain transformers gives the same logits on {len(samples)} samples (largest difference {difference:.1g})"
         )
-    write_card(out, loaded, difference if ours.net.foreign_attention else None)
+    needs = ", ".join(own_classes(ours.hf.config))
+    if needs:
+        console.print(f"{out}: has classes of Opsin's: `import {needs}` before plain transformers loads it.")
+    write_card(out, loaded, difference if ours.net.foreign_attention else None, needs)
 
 
 @torch.no_grad()
@@ -245,8 +248,8 @@ def largest_difference(
     return worst
 
 
-def write_card(out: Path, loaded: Loaded, difference: float | None) -> None:
-    """A model card: what it is, how it was trained, how to load it."""
+def write_card(out: Path, loaded: Loaded, difference: float | None, needs: str = "") -> None:
+    """A model card: what it is, how it was trained, how to load it; ``needs``: what to import before."""
     from .. import __version__
     from .builders import enabled_algorithms
 
@@ -270,4 +273,6 @@ def write_card(out: Path, loaded: Loaded, difference: float | None) -> None:
             f"{loader} logits differ by up to {difference:.2g} on three samples. Load it with "
             "`opsin.models.export.load_model(folder)`."
         ]
+    if needs:
+        lines += ["", f"It has classes of Opsin's: `import {needs}` first."]
     (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -46,9 +46,9 @@ def llava_pictures(batch: dict[str, torch.Tensor], processor: Any) -> Pictures:
     return list(pixels[..., : rows * patch, : columns * patch].unbind(0))
 
 
-@register_family("llava", images=LlavaImages)
+@register_family("llava", "opsin_llava", images=LlavaImages)
 def llava(hf: Any) -> Anatomy:
-    """Anatomy of ``LlavaForConditionalGeneration``."""
+    """Anatomy of ``LlavaForConditionalGeneration``, and of our own class beside it (``models/own_llava.py``)."""
     layer = hf.config.vision_feature_layer
     if not isinstance(layer, int):
         raise UserError(

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 from opsin.models.errors import UserError
-from opsin.models.export import load_model
+from opsin.models.export import export_model, load_model, own_classes
 from opsin.models.parts import count_parameters, set_trainable
 from opsin.models.two_towers import TwoTowers
 from opsin.models.vlm import VisionLanguageModel
@@ -157,19 +157,38 @@ def test_a_run_with_methods_and_its_export(parts: Path, tmp_path: Path) -> None:
         export_run(folder, tmp_path / "export", Console(file=file, width=300))
     text, out = (tmp_path / "said").read_text(), tmp_path / "export"
     assert "plain transformers gives the same logits" in text
-    assert "`import opsin.models.two_towers` before plain transformers loads it" in text
+    assert "has classes of Opsin's: `import opsin.models.two_towers` before plain" in text
     assert "`import opsin.models.two_towers` first" in (out / "README.md").read_text()
-    code = (
-        "import sys, opsin.models.two_towers\n"
-        "from transformers import AutoModelForImageTextToText as A\n"
-        "tower = A.from_pretrained(sys.argv[1]).model.vision_tower\n"
-        "print(type(tower).__name__, tower.config.grid)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "TwoTowers (8, 8)", done.stderr[-2000:]
     ours, plain = load_model(out), AutoModelForImageTextToText.from_pretrained(out)
     pairs = zip(ours.hf.state_dict().values(), plain.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow  # a process that imports all of transformers
+@pytest.mark.parametrize(
+    "named", [{"vision_towers": ("clip", "dinov2")}, {"vision_tower": "clip", "mm_projector": "linear"}]
+)
+def test_the_import_that_an_export_names_is_enough(
+    parts: Path, tmp_path: Path, named: dict[str, Any]
+) -> None:
+    spec = {k: [str(parts / n) for n in v] if isinstance(v, tuple) else v for k, v in named.items()}
+    if "vision_tower" in spec:
+        spec["vision_tower"] = str(parts / spec["vision_tower"])
+    model = llava_from_parts(str(parts / "llama"), **spec)
+    out = export_model(model, tmp_path / "out")
+    code = (
+        f"import sys, {own_classes(model.hf.config)[0]}\n"
+        "from transformers import AutoModelForImageTextToText as A\n"
+        "model, info = A.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "print(type(model).__name__, type(model.model.vision_tower).__name__, sorted(info['missing_keys']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
+    expected = (
+        "LlavaForConditionalGeneration TwoTowers []"
+        if "vision_towers" in named
+        else "OwnLlava CLIPVisionModel []"
+    )
+    assert done.stdout.strip() == expected, done.stderr[-2000:]
 
 
 def test_a_run_of_captions_and_text(parts: Path, tmp_path: Path) -> None:
