@@ -33,10 +33,20 @@ def alike(plain: dict[str, Any], saved: dict[str, Any], tolerance: float = 0.0) 
             assert torch.allclose(a[name], b[name], atol=max(tolerance, 1e-7), rtol=1e-5), name
 
 
+SLOW = pytest.mark.slow  # what the last case holds, too
+
+
 @pytest.mark.parametrize(
     "spec",
-    [[], [ROSS], [MASKED], [BRANCH], [WEIGHED], [VIFT], [ROSS, BRANCH, L2T, VIFT]],
-    ids=["none", "ross", "jarvis-masked", "jarvis-branch", "l2t", "vift", "all"],
+    [
+        pytest.param([], id="none"),
+        pytest.param([MASKED], id="jarvis-masked"),
+        pytest.param([WEIGHED], id="l2t"),
+        pytest.param([ROSS], id="ross", marks=SLOW),
+        pytest.param([BRANCH], id="jarvis-branch", marks=SLOW),
+        pytest.param([VIFT], id="vift", marks=SLOW),
+        pytest.param([ROSS, BRANCH, L2T, VIFT], id="all"),
+    ],
 )
 def test_checkpointing_changes_no_number_with_dropout_on(spec: list) -> None:
     """Dropout of attention, 30 %: what is drawn in the first pass is drawn again when a layer runs once more."""

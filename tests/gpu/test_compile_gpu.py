@@ -20,20 +20,20 @@ def _trained(device: str, precision: str, **prepared: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("prepared", [{}, {"lora": LORA, "checkpointing": True}], ids=["whole", "lora"])
-def test_compiled_numbers_are_the_same_in_fp32(device: str, prepared: dict[str, Any]) -> None:
+def test_compiled_numbers_are_the_same_in_fp32(cuda: str, prepared: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    plain = _trained(device, "fp32", **prepared)
-    compiled = _trained(device, "fp32", **prepared, compiled={"fullgraph": True})
+    plain = _trained(cuda, "fp32", **prepared)
+    compiled = _trained(cuda, "fp32", **prepared, compiled={"fullgraph": True})
     for a, b in zip(plain["losses"], compiled["losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
     assert worst(compiled["gradients"][0], plain["gradients"][0]) < 1e-4
 
 
-def test_compiled_numbers_are_close_in_bf16(device: str) -> None:
+def test_compiled_numbers_are_close_in_bf16(cuda: str) -> None:
     """As close as bf16 itself: fused operations round less often."""
     torch._dynamo.reset()
-    plain = _trained(device, "amp_bf16")
-    compiled = _trained(device, "amp_bf16", compiled={"fullgraph": True})
+    plain = _trained(cuda, "amp_bf16")
+    compiled = _trained(cuda, "amp_bf16", compiled={"fullgraph": True})
     for key, value in plain["losses"][0].items():
         assert compiled["losses"][0][key] == pytest.approx(value, rel=0.02, abs=0.02), key
     a, b = (

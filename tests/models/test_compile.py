@@ -128,7 +128,7 @@ def test_heads_without_blocks_are_left_as_they_are() -> None:
     assert compile_head(model_of(), torch.nn.Linear(2, 2)) == 0
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_methods_give_the_same_numbers_and_a_layer_is_one_graph(packing: bool) -> None:
     """``fullgraph`` makes an error of every break. Layers share their graphs, and sizes are variables of them."""
     options: dict[str, Any] = {"algorithms": ALL, "packing": packing, "steps": 3, "microbatch": 4, **HIDING}

@@ -36,7 +36,8 @@ LOUD = {"r": 4, "init_lora_weights": False}
 ROSS = ("methods:LoudROSS", {"target": {"name": "pixels", "cell": 4}, "width": 64})
 JARVIS = ("opsin.algorithms.jarvis:JARVIS", {"target": methods.teacher(), "ntp_probability": 0.0, "layer": 2})
 L2T = ("opsin.algorithms.l2t:L2T", {"template_source": "none", "lambda_instruction": 0.3})
-VIFT = ("opsin.algorithms.vift:ViFT", {"max_refused": None})
+PROMPT = "Describe the picture."
+VIFT = ("opsin.algorithms.vift:ViFT", {"caption_prompts": [PROMPT]})
 EARLY = (JARVIS[0], {**JARVIS[1], "train": "proj+early"})
 HIDING: dict[str, Any] = {"size": 32, "bidirectional": True}
 FAMILIES = ["llava", "llava_next", "qwen2_5_vl"]
@@ -201,9 +202,20 @@ def parted(result: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def captioned(count: int) -> list[dict]:
+    """Pictures with a caption, and words: what ViFT leaves in."""
+    samples = [zoo.sample(i, images=(1, 0, 2, 1)[i % 4]) for i in range(count)]
+    for sample in samples:
+        turn = sample["conversations"][0]
+        turn["value"] = "<image>\n" * turn["value"].count("<image>") + PROMPT
+    return samples
+
+
 @pytest.mark.parametrize("methods_on", [[], [ROSS, JARVIS, L2T, VIFT], [EARLY]], ids=["none", "all", "early"])
 def test_adapters_projector_and_heads_are_trained_and_the_base_keeps_its_bits(methods_on: list) -> None:
-    result = jobs.train(steps=2, algorithms=methods_on, prepared={"lora": LOUD}, **HIDING)
+    result = jobs.train(
+        samples=captioned(16), steps=2, algorithms=methods_on, prepared={"lora": LOUD}, **HIDING
+    )
     found, start = parted(result), zoo.build("llava", seed=1, size=32).hf.state_dict()
     assert found["adapter"] and found["projector"] and not found["else"]
     assert bool(found["head"]) == bool(methods_on)
