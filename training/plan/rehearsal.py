@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,23 +27,32 @@ from .load import Grid
 from .methods import network_of, picture_of, run_network
 from .twins import few_layers, twin
 
-FEW = (1, 2)
-"""Decoder layers that are run; the difference is one layer's share."""
+FEW = (2, 3)
+"""Decoder layers that are run; the difference is one layer's share, of each phase of a step."""
 
 
 class Tracker(TorchDispatchMode):
     """Counts the bytes of storages that operations make, while they live.
 
     Attributes:
-        live, peak: bytes now, and at most.
+        live: bytes now.
+        peaks: at most, by phase. Each grows by the same for every further layer, which their maximum need not: a deep
+            model's is where its activations are most, a shallow one's where the embeddings' gradient is made.
     """
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = 0
+        self.phase = "forward"
+        self.peaks: dict[str, float] = {self.phase: 0.0}
         self._known: dict[int, Any] = {}
         for tensor in known:
             self._note(tensor, counted=False)
+
+    def enter(self, phase: str) -> None:
+        """Another phase of the step begins."""
+        self.phase = phase
+        self.peaks[phase] = max(self.peaks.get(phase, 0.0), float(self.live))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -64,7 +74,7 @@ class Tracker(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, gone)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.peaks[self.phase] = max(self.peaks[self.phase], float(self.live))
 
 
 @dataclass(frozen=True)
@@ -145,9 +155,10 @@ class Rehearsal:
             self.tower.forward = lambda *args, **kwargs: seen
         try:
             if self.layers <= FEW[1]:
-                return max(tower, self._peak(shape, self.layers, autocast, gradients_there))
-            few, more = (self._peak(shape, count, autocast, gradients_there) for count in FEW)
-            return max(tower, few + (self.layers - FEW[0]) * (more - few))
+                return max(tower, *self._peaks(shape, self.layers, autocast, gradients_there).values())
+            few, more = (self._peaks(shape, count, autocast, gradients_there) for count in FEW)
+            # What lies between the first and the last layer's backward pass lies between theirs in size, too.
+            return max(tower, *(few[p] + (self.layers - FEW[0]) * (more[p] - few[p]) for p in few))
         finally:
             if seen is not None:
                 del self.tower.forward
@@ -163,10 +174,10 @@ class Rehearsal:
             tracker = Tracker([*self.tower.parameters(), *self.tower.buffers(), pixels])
             with self.mode, tracker, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 made = self.tower(pixels, output_hidden_states=True)
-            self._towers[key] = made, float(tracker.peak)
+            self._towers[key] = made, max(tracker.peaks.values())
         return self._towers[key]
 
-    def _peak(self, shape: Shape, layers: int, autocast: bool, gradients_there: bool) -> float:
+    def _peaks(self, shape: Shape, layers: int, autocast: bool, gradients_there: bool) -> dict[str, float]:
         losses = {
             n: w.loss([shape.grid] * shape.pictures) for n, w in self.works.items() if w.loss is not None
         }
@@ -180,22 +191,26 @@ class Rehearsal:
                 parameter.grad = torch.empty_like(parameter) if there else None
             inputs = _inputs(shape, next(self.net.hf.parameters()).dtype)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        hooks = []
+        tracker = Tracker([*parameters, *buffers, *gradients, *inputs.values()])
+        chosen = self.net.anatomy.decoder_layers(self.net.hf)[:layers]
+        hooks = [
+            layer.register_forward_hook(partial(_mark, tracker, _phase(number, layers)))
+            for number, layer in enumerate(chosen)
+        ]
         if (
             not shape.masked
         ):  # transformers makes a mask for every fake tensor, as it cannot see that none is needed
-            for layer in self.net.anatomy.decoder_layers(self.net.hf):
-                hooks.append(layer.register_forward_pre_hook(_unmasked, with_kwargs=True))
-        tracker = Tracker([*parameters, *buffers, *gradients, *inputs.values()])
+            hooks += [layer.register_forward_pre_hook(_unmasked, with_kwargs=True) for layer in chosen]
         with few_layers(self.net, layers), self.mode, tracker:  # type: ignore[arg-type]
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 total = self._forward(shape, inputs, losses)
+            tracker.enter("head")
             total.backward()
         for hook in hooks:
             hook.remove()
         for parameter in parameters:
             parameter.grad = None
-        return float(tracker.peak)
+        return tracker.peaks
 
     def _forward(
         self, shape: Shape, inputs: dict[str, torch.Tensor], losses: Mapping[str, Any]
@@ -220,6 +235,18 @@ class Rehearsal:
         pixels = torch.empty(count, 3, *picture_of(target, shape.grid, patch), dtype=dtype)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             run_network(teacher, pixels)
+
+
+def _phase(number: int, layers: int) -> str:
+    """Name of a layer's backward pass; what comes after the first layer's counts as its own."""
+    return "first layer" if number == 0 else "last layer" if number == layers - 1 else "middle"
+
+
+def _mark(tracker: Tracker, phase: str, layer: nn.Module, args: Any, output: Any) -> None:
+    """Have a phase begin where the gradient of a layer's output is there."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if hidden.requires_grad:
+        hidden.register_hook(lambda _: tracker.enter(phase))
 
 
 def _unmasked(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
