@@ -37,6 +37,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with MDSWriter(out=str(out), columns=COLUMNS, hashes=["sha1"]) as mds:
         for i in range(60):
             sample = zoo.sample(i, images=i % 3, turns=1 + i % 2)
+            for turn in sample["conversations"][::2]:
+                turn["value"] += " Use a single word."
             if i == 7:
                 sample["conversations"][1]["value"] = " "
             mds.write(sample)
@@ -75,7 +77,7 @@ def test_the_command(
     assert code == 0 and "60 samples in 1 shards; of the first 60: 1.00 pictures and 1.50 exchanges" in said
     assert "words a sample: half have" in said and "human: What colour is the" in said
     assert re.search(r"template sentences of the first 60 samples: 1 in \d+ user turns", said)
-    assert "answer briefly" in said
+    assert "use a single word" in said
     built = zoo.build("llava")
     model = tmp_path / "model"
     export_model(VisionLanguageModel(built.hf, built.processor), model, notes={"chat_template": "chatml"})
