@@ -111,8 +111,13 @@ def measured() -> Any:
 
 @pytest.mark.parametrize(
     "cell",
-    [{}, {"checkpointing": True}, {"rows": 8, "micro": 2}, {"language_model": False}, {"ross": True}],
-    ids=lambda c: "+".join(c) or "plain",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"checkpointing": True}, id="checkpointing"),
+        pytest.param({"rows": 8, "micro": 2}, id="micro-batches"),
+        pytest.param({"language_model": False}, id="projector"),
+        pytest.param({"ross": True}, id="ross", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_is_what_a_real_step_allocates(measured: Any, cell: dict[str, Any]) -> None:
     found, predicted = measured.measure(measured.Cell("toy", **cell), "cpu")
