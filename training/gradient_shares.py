@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from composer.utils import dist
 
 from ..algorithms.base import unwrap
 from ..models.parts import named_parts
+
+
+def differentiate_compiled_layers_twice() -> None:
+    """Let layers that are compiled from now on keep what their backward pass needs for another one.
+
+    torch's AOTAutograd gives such buffers away in the first pass ("donated buffers") and refuses ``retain_graph``. It
+    costs memory and changes no number.
+    """
+    if hasattr(functorch_config, "donated_buffer"):  # torch 2.6 and later
+        functorch_config.donated_buffer = False
 
 
 class GradientShares:

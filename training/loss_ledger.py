@@ -15,7 +15,7 @@ from composer.utils import dist
 
 from ..models.errors import UserError
 from ..models.normalise import TERMS, declared, global_sum, unit_of
-from .gradient_shares import GradientShares
+from .gradient_shares import GradientShares, differentiate_compiled_layers_twice
 
 
 class LossLedger(Callback):
@@ -62,6 +62,8 @@ class LossLedger(Callback):
                 "callbacks.loss_ledger.gradient_share_interval: not with parallelism_config.fsdp2, whose gradients are made "
                 "and summed over ranks in one backward pass of the whole loss; leave it out, or look under DDP"
             )
+        if self.gradient_share_interval:
+            differentiate_compiled_layers_twice()
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Begin a step; again where one is run again."""
@@ -91,7 +93,7 @@ class LossLedger(Callback):
         if self._raw is None:
             return
         counts = declared(state.batch)
-        count = torch.stack([counts[n] for n in self._names]).to(self._raw.device)
+        count = torch.stack([counts[n] for n in self._names]).to(self._raw.device, non_blocking=True)
         total = global_sum(torch.cat([self._raw / (self._parts * dist.get_world_size()), count])).unbind()
         self._units.update({n: unit_of(state.batch, n) for n in self._names})
         for name, raw, number, weight in zip(

@@ -90,7 +90,7 @@ class NonFinite(Callback):
         self._losses = []
         look = self.gradients and state.precision != Precision.AMP_FP16
         grads = [p.grad for p in state.model.parameters() if p.grad is not None] if look else []
-        flags = torch.cat([bad, ~finite(grads).to(bad.device)]).float()
+        flags = torch.cat([bad, ~finite(grads).to(bad.device, non_blocking=True)]).float()
         dist.all_reduce(flags, reduce_operation="MAX")
         found = [bool(f) for f in flags.tolist()]
         if not any(found):

@@ -109,6 +109,15 @@ def test_micro_batches_and_composers_shares_touch_no_term(
     assert entries(cut, 1) == pytest.approx(entries(asked, 1), abs=2e-3, rel=2e-3)
 
 
+@pytest.mark.slow
+def test_compiled_and_checkpointed_layers_are_differentiated_as_often_as_asked(asked: dict[str, Any]) -> None:
+    """A compiled layer gives away what its backward pass needs, and refuses another one, unless told otherwise."""
+    for prepared in ({"compiled": {"backend": "aot_eager"}}, {"checkpointing": True}):
+        found = jobs.train(steps=2, algorithms=METHODS, callbacks=[ASKED], prepared=prepared)
+        assert entries(found, 0) == pytest.approx(entries(asked, 0), abs=1e-4)
+        assert entries(found, 1) == pytest.approx(entries(asked, 1), abs=2e-3, rel=2e-3)
+
+
 @pytest.mark.world
 def test_two_ranks_log_the_numbers_of_one(ranks: Any) -> None:
     options: dict[str, Any] = {
