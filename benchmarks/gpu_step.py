@@ -138,9 +138,35 @@ class Bench:
         return run
 
 
+def _attention_flops(matmuls: int, before: int) -> Any:
+    """Counts matrix products of attention whose key heads may be fewer than its query heads, which torch 2.11 refuses to count.
+
+    Args:
+        matmuls: how many of the size of the scores.
+        before: operands that stand before the query.
+    """
+
+    def count(*shapes: Any, out_shape: Any = None, **more: Any) -> int:
+        (batch, heads, queries, width), (_, _, keys, _) = shapes[before], shapes[before + 1]
+        return 2 * matmuls * batch * heads * queries * keys * width
+
+    return count
+
+
+def _kernels() -> dict[Any, Any]:
+    """What scaled_dot_product_attention may run: two products forward; four backward, and the scores once more."""
+    found = {}
+    for kind in ("efficient", "flash", "cudnn"):
+        forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention", None)
+        backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention_backward", None)
+        found |= {op: _attention_flops(2, 0) for op in (forward,) if op is not None}
+        found |= {op: _attention_flops(5, 1) for op in (backward,) if op is not None}
+    return found
+
+
 def counted(run: Variant, burst: int) -> float:
     """FLOPs of one step, backward included; those of FlexAttention are not seen."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_kernels()) as counter:
         run()
     return counter.get_total_flops() / burst
 
