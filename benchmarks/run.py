@@ -24,6 +24,7 @@ BENCHMARKS = {
     "data_speed": ["--profile"],
     "data_start": [],
     "mixture_speed": [],
+    "convert_speed": [],
     "fusion_cost": [],
     "eval_speed": [],
 }
