@@ -26,7 +26,11 @@ from settings import METHODS, SUBSETS
 
 ALL = SUBSETS[-1]
 SOME = [(), *[(name,) for name in METHODS], ALL]
-EACH = pytest.mark.parametrize("subset", SOME, ids=settings.name_of)
+EACH = pytest.mark.parametrize(
+    "subset",
+    [s if s in ((), ALL) else pytest.param(s, marks=pytest.mark.slow) for s in SOME],
+    ids=settings.name_of,
+)
 CLIP = ("composer.algorithms:GradientClipping", {"clipping_type": "norm", "clipping_threshold": 0.1})
 EMA = ("composer.algorithms:EMA", {"half_life": "2ba"})
 

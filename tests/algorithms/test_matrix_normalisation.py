@@ -54,7 +54,9 @@ def on(pool: RankPool, parallel: str, microbatch: int, subset: tuple[str, ...], 
     hold(found, subset, family)
 
 
-@pytest.mark.parametrize("on_tokens", [False, True], ids=["by samples", "by tokens"])
+@pytest.mark.parametrize(
+    "on_tokens", [pytest.param(False, marks=pytest.mark.slow), True], ids=["by samples", "by tokens"]
+)
 @pytest.mark.parametrize("microbatch", [4, 2, 1])
 def test_micro_batches(microbatch: int, on_tokens: bool) -> None:
     """Whatever Composer scales a micro-batch by: terms that count pictures are not weighed by tokens."""
@@ -63,7 +65,15 @@ def test_micro_batches(microbatch: int, on_tokens: bool) -> None:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize(("parallel", "microbatch"), [("ddp", 4), ("ddp", 1), ("fsdp2", 2), ("fsdp2", 1)])
+@pytest.mark.parametrize(
+    ("parallel", "microbatch"),
+    [
+        ("ddp", 4),
+        pytest.param("ddp", 1, marks=pytest.mark.slow),
+        ("fsdp2", 2),
+        pytest.param("fsdp2", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks(parallel: str, microbatch: int, ranks: RankPool) -> None:
     on(ranks, parallel, microbatch, ALL, "llava")
 
