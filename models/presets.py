@@ -124,6 +124,6 @@ def _tokenizer(size: int, specials: Mapping[str, int] | None = None) -> Any:
     named = {i: token for token, i in (specials or {}).items()}
     words = {named.get(i, f"<entry {i}>"): i for i in range(size)}
     raw = Tokenizer(models.WordLevel(words, unk_token=next(iter(words))))
-    raw.add_special_tokens([t for t in (specials or {})])
-    ends = {"eos_token": named.get(max(named), None)} if named else {}
+    raw.add_special_tokens(list(specials or {}))
+    ends = {"eos_token": named.get(max(named))} if named else {}
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=next(iter(words)), **ends)
