@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..anatomy import Anatomy, register_family
+from ..errors import UserError
 from ..geometry import PIXEL_KEY, EncodedImage, ImageEncoder, View
 from .tiles import Box, tile_boxes, tile_view, tiled_anatomy
 
@@ -25,22 +25,15 @@ def _tile(config: Any) -> tuple[int, int]:
 class Idefics3Images(ImageEncoder):
     """Tokens of a picture: tiles row by row, a marker token before each and a line break after each row, the whole.
 
-    A picture of one tile is the whole alone. Markers belong to no patch and are no visual tokens.
+    A picture of one tile is the whole alone. Markers belong to no patch and are no visual tokens. An image processor
+    whose tiles are not of the tower's size is a ``UserError``.
     """
 
     def __init__(self, processor: Any, config: Any):
         super().__init__(processor, config)
         self.side, self.span = _tile(config)
         self.tile = int(config.vision_config.image_size)
-        self._written = lru_cache(None)(self._write)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the cache, which cannot be pickled."""
-        return {k: v for k, v in self.__dict__.items() if k != "_written"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._written = lru_cache(None)(self._write)
+        self._written: dict[tuple[int, int], tuple[np.ndarray, tuple[View, ...]]] = {}
 
     def encode(self, picture: Image.Image) -> EncodedImage:
         """One RGB picture -> ``pixel_values`` (tiles, 1, 3, H, W), one view a tile, the whole picture last."""
@@ -49,11 +42,14 @@ class Idefics3Images(ImageEncoder):
         )
         pixels = out[PIXEL_KEY][0].unsqueeze(1)
         if pixels.shape[-1] != self.tile or pixels.shape[-2] != self.tile:
-            raise ValueError(
+            raise UserError(
                 f"the image processor makes tiles of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, the model takes "
                 f"{self.tile}x{self.tile}: set its max_image_size"
             )
-        token_ids, views = self._written(int(out["rows"][0][0]), int(out["cols"][0][0]))
+        cut = int(out["rows"][0][0]), int(out["cols"][0][0])
+        if cut not in self._written:
+            self._written[cut] = self._write(*cut)
+        token_ids, views = self._written[cut]
         size = (picture.height, picture.width)
         return EncodedImage(token_ids.copy(), views, {PIXEL_KEY: pixels}, size, pixel_rows=len(pixels))
 

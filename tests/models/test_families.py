@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -249,6 +251,35 @@ def test_grid_and_box_say_where_in_the_picture_a_patch_was(family: str, size: tu
         assert _most(mean[1] - y[:, None], inside) < 0.01
 
 
+@pytest.mark.parametrize("family", zoo.EVERY_FAMILY)
+@settings(max_examples=8, deadline=None)
+@given(size=SIZES)
+def test_the_other_kind_of_image_processor_gives_the_same_views(family: str, size: tuple[int, int]) -> None:
+    """NumPy's beside torchvision's: they round differently, and nothing else."""
+    stock = built(family).processor.image_processor
+    name = type(stock).__name__
+    other = getattr(transformers, f"{name}Pil", None) or getattr(transformers, f"{name}Fast")
+    assert other is not type(stock)
+    processor = copy.copy(built(family).processor)
+    processor.image_processor = other(
+        **{k: v for k, v in stock.to_dict().items() if k in KEPT and v is not None}
+    )
+    one, two = (
+        image_encoder_for(p, built(family).hf.config).encode(ramp(*size))
+        for p in (built(family).processor, processor)
+    )
+    assert one.token_ids.tolist() == two.token_ids.tolist() and one.views == two.views
+    assert one.pixel_rows == two.pixel_rows and one.pixels.keys() == two.pixels.keys()
+    for key, value in one.pixels.items():
+        assert value.shape == two.pixels[key].shape, key
+    shown = (
+        model(family).anatomy.pictures(e.pixels, p)
+        for e, p in ((one, built(family).processor), (two, processor))
+    )
+    for a, b in zip(*shown, strict=True):
+        assert float((a - b).abs().mean()) < 0.02
+
+
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 def test_pixels_beyond_a_tiles_last_whole_patch_are_seen_by_none(family: str) -> None:
     """A tower of 18 pixels in patches of 4, as SigLIP has 384 in patches of 14."""
@@ -286,6 +317,22 @@ def test_the_box_is_exact_where_the_crop_pads(kind: str, size: tuple[int, int]) 
     assert (right - left) * size[0] == pytest.approx(16) and (bottom - top) * size[1] == pytest.approx(16)
 
 
+def test_tiles_of_another_size_than_the_towers_are_refused() -> None:
+    made = zoo.build("idefics3")
+    made.processor.image_processor.max_image_size = {"longest_edge": 16}
+    with pytest.raises(
+        UserError, match="tiles of 16x16 pixels, the model takes 32x32: set its max_image_size"
+    ):
+        image_encoder_for(made.processor, made.hf.config).encode(ramp(40, 40))
+
+
+def test_gemmas_pan_and_scan_is_refused() -> None:
+    made = zoo.build("gemma3")
+    made.processor.image_processor.do_pan_and_scan = True
+    with pytest.raises(UserError, match="do_pan_and_scan of Gemma 3's image processor is not supported"):
+        image_encoder_for(made.processor, made.hf.config)
+
+
 def test_a_picture_without_a_patch_in_the_mosaic_is_refused() -> None:
     with pytest.raises(ValueError, match="96x8 pixels is so long and thin"):
         encode("llava_next", ramp(96, 8))
@@ -293,6 +340,13 @@ def test_a_picture_without_a_patch_in_the_mosaic_is_refused() -> None:
 
 def _most(difference: torch.Tensor, inside: torch.Tensor) -> float:
     return float(difference.abs()[inside].max()) if bool(inside.any()) else 0.0
+
+
+KEPT = (
+    "size", "crop_size", "patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels", "max_image_size",
+    "do_image_splitting", "image_grid_pinpoints", "crop_to_patches", "min_patches", "max_patches", "do_convert_rgb",
+)  # fmt: skip
+"""Settings of the zoo's image processors."""
 
 
 EXACT = [
