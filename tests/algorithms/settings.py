@@ -191,6 +191,14 @@ def text_only(first: int = 1, count: int = 4) -> list[dict[str, Any]]:
     return [words(first + i, 1 + i % 3) for i in range(count)]
 
 
+def short() -> list[dict[str, Any]]:
+    """A global batch of 8 with fewer pictures."""
+    return [
+        caption(1), words(2, 2), question(3), caption(5, 2),
+        question(4, independent=True, turns=2), words(6), words(7, 3), caption(8),
+    ]  # fmt: skip
+
+
 def uneven() -> list[dict[str, Any]]:
     """Three global batches of 8: mixed; pictures on the first of four ranks alone; none."""
     many = [

@@ -50,7 +50,7 @@ def name_of(case: dict[str, Any]) -> str:
 def options(subset: tuple[str, ...], family: str, precision: str, words: str) -> dict[str, Any]:
     """What a case and its reference share."""
     return {
-        "family": family, "samples": settings.uneven()[:8], "steps": 1, "autocast": precision == "bf16",
+        "family": family, "samples": settings.short(), "steps": 1, "autocast": precision == "bf16",
         "algorithms": settings.algorithms(subset, jarvis={"text_loss": words}), "max_seq_len": 1500, **settings.MODEL,
     }  # fmt: skip
 
