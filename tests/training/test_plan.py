@@ -222,8 +222,8 @@ def test_a_stage_that_does_not_fit_says_what_would() -> None:
 @pytest.mark.slow
 def test_a_smaller_micro_batch_is_found_where_nothing_else_helps() -> None:
     many = planned("stages.instruct.device_train_microbatch_size=64", gpus=1, gpu="h200")
-    assert many.stages[1].remedies == ["device_train_microbatch_size: 8"]
-    fewer = planned("stages.instruct.device_train_microbatch_size=8", gpus=1, gpu="h200")
+    assert many.stages[1].remedies == ["device_train_microbatch_size: 4"]
+    fewer = planned("stages.instruct.device_train_microbatch_size=4", gpus=1, gpu="h200")
     assert fewer.stages[1].fits
 
 
