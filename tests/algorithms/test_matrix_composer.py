@@ -32,6 +32,7 @@ EACH = pytest.mark.parametrize(
     ids=settings.name_of,
 )
 CLIP = ("composer.algorithms:GradientClipping", {"clipping_type": "norm", "clipping_threshold": 0.1})
+BY_PART = ("opsin.algorithms.clipping:GradientClippingByPart", {"clipping_threshold": 0.1})
 EMA = ("composer.algorithms:EMA", {"half_life": "2ba"})
 
 
@@ -59,10 +60,14 @@ def test_gradient_clipping(subset: tuple[str, ...]) -> None:
 
 
 @pytest.mark.world
+@pytest.mark.parametrize("clip", [CLIP, BY_PART], ids=["whole", "by part"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_gradient_clipping_of_all_methods_on_two_ranks(parallel: str, ranks: RankPool) -> None:
-    one = jobs.train(**options(ALL, CLIP, steps=1))
-    for result in ranks.run("jobs:train", **options(ALL, CLIP, steps=1), parallel=parallel):
+def test_gradient_clipping_of_all_methods_on_two_ranks(parallel: str, clip: tuple, ranks: RankPool) -> None:
+    """By the norm of what all ranks hold together: sharded gradients are clipped as whole ones are."""
+    one, plain = (jobs.train(**options(ALL, *more, steps=1)) for more in ((clip,), ()))
+    assert norm(one["gradients"][0]) < 0.5 * norm(plain["gradients"][0])
+    for result in ranks.run("jobs:train", **options(ALL, clip, steps=1), parallel=parallel):
+        assert result["fsdp"] == (parallel == "fsdp2")
         assert loss_difference(one, result) < 1e-5 and gradient_difference(one, result) < 1e-5
 
 
