@@ -85,12 +85,13 @@ class Step:
         if batch.get("plain_attention", False) and not bidirectional_images and not self.visibility:
             return None
         image, alone = batch["image_ids"], batch.get("plain_attention", False)
+        positions = batch.get("position_ids")
         see = Visibility(
             valid=batch["attention_mask"].bool(),
             document=None if alone else batch["document_ids"],
             branch=None if alone else batch["branch_ids"],
             image=image,
             bidirectional=image >= 0 if bidirectional_images else None,
-            position=batch["position_ids"] if batch["position_ids"].ndim == 2 else None,
+            position=positions if positions is not None and positions.ndim == 2 else None,
         )
         return see.with_terms(**self.visibility)

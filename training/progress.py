@@ -24,7 +24,7 @@ class ProgressBar(LoggerDestination):
     def __init__(self, stage: str, every: float = 10.0):
         self.stage = stage
         self.every = every
-        self._losses: dict[str, float] = {}
+        self._losses: dict[str, Any] = {}
         self._bar: Progress | None = None
         self._last = 0.0
 
@@ -32,9 +32,9 @@ class ProgressBar(LoggerDestination):
         """Remember the newest losses."""
         for name, value in metrics.items():
             if name.startswith("loss/train/"):
-                self._losses[name.removeprefix("loss/train/")] = float(value)
+                self._losses[name.removeprefix("loss/train/")] = value
             elif name.startswith("l2t/loss_") and name.count("_") == 1:
-                self._losses[name.removeprefix("l2t/")] = float(value)
+                self._losses[name.removeprefix("l2t/")] = value  # perhaps on a device: read when it is drawn
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Open the bar."""
@@ -57,10 +57,15 @@ class ProgressBar(LoggerDestination):
         """Move on."""
         if dist.get_global_rank():
             return
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in self._losses.items() if name != "total")
+        last = int(state.timestamp.batch) == total_batches(state)
+        if self._bar is None and time.monotonic() - self._last <= self.every and not last:
+            return
+        losses = "  ".join(
+            f"{name} {float(value):.3f}" for name, value in self._losses.items() if name != "total"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=int(state.timestamp.batch), losses=losses)
-        elif time.monotonic() - self._last > self.every or int(state.timestamp.batch) == total_batches(state):
+        else:
             self._last = time.monotonic()
             total = total_batches(state)
             print(

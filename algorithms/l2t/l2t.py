@@ -244,8 +244,9 @@ class L2T(VisionAlgorithm):
         sums = self._sums
         self._sums = None
         dist.all_reduce(sums)
-        first, later, response, n_first, n_later, n_response = sums.tolist()
-        mean = lambda total, n: total / max(n, 1.0)  # noqa: E731
+        # Numbers stay on the device until somebody writes them down.
+        first, later, response, n_first, n_later, n_response = sums.unbind()
+        mean = lambda total, n: total / n.clamp(min=1.0)  # noqa: E731
         logger.log_metrics(
             {
                 "l2t/loss_I": mean(first + later, n_first + n_later),

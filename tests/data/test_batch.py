@@ -201,12 +201,17 @@ def _padded(batch: Batch, parts: int) -> Batch:
     }  # fmt: skip
     out = dict(batch)
     for key, value in batch.items():
-        if value.shape[:1] == batch["input_ids"].shape[:1] and key not in (
-            "sample_status",
-            "truncated_turns",
-            "sample_stream",
-            "sample_ids",
-            "pixel_values",
+        if (
+            isinstance(value, torch.Tensor)
+            and value.shape[:1] == batch["input_ids"].shape[:1]
+            and key
+            not in (
+                "sample_status",
+                "truncated_turns",
+                "sample_stream",
+                "sample_ids",
+                "pixel_values",
+            )
         ):
             if key in ("image_sizes", "image_grid_thw", "pixel_rows") or key.startswith("view_"):
                 continue

@@ -71,12 +71,12 @@ def test_sharded_on_one_gpu_heads_too_and_what_it_saves_goes_on_whole(device: st
     assert sharded["fsdp"] and not sharded["plain_parameters"]
     assert {n for n in Look.seen["sharded"] if n.startswith("net.auxiliary.")}
     for a, b in zip(sharded["losses"], whole["losses"], strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     torch.distributed.destroy_process_group()
     resumed = trained.__wrapped__(  # type: ignore[attr-defined]
         tuple(settings.METHODS), device, trainer={"load_path": str(tmp_path / "sharded" / "ep0-ba2")}
     )
-    assert resumed["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-5, abs=1e-5)
+    assert resumed["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-4, abs=1e-5)
 
 
 def test_no_step_waits_for_the_device_on_our_account(cuda: str) -> None:

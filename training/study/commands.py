@@ -122,5 +122,5 @@ def _endpoint(given: str | None) -> EndpointConfig | None:
         return None
     suite, separator, measure = given.partition("/")
     if not separator or not suite or not measure:
-        raise UserError(f"--primary '{given}': use SUITE/MEASURE, such as minimal_pairs/pairs")
+        raise UserError(f"--primary '{given}': use SUITE/MEASURE, such as minimal_pairs/pair_accuracy")
     return EndpointConfig(suite, measure)

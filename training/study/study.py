@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ...evaluation.study.pictures import keep_suites
 from ...models.errors import UserError
 from ..check import refuse_mistakes
 from ..eval_config import load_suites
@@ -95,6 +96,8 @@ def run_study(
 
     if missing:
         execute(missing, count, tell, environments(count))
+    wanted = load_suites(config.evaluation)
+    keep_suites(out, wanted.suites, wanted.config.limit)
     report(out, console)
     return sum(entry["status"] == "failed" for entry in told.values())
 
