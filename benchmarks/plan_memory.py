@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,14 @@ def describe(cell: Cell) -> str:
     return ", ".join(said)
 
 
+def apart(cell: Cell, device: str) -> tuple[float, Memory]:
+    """:func:`measure`, on a GPU in a process of its own: Composer holds a trainer until its process ends."""
+    if device == "cpu":  # there, only what is allocated within the step is seen
+        return measure(cell, device)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, cell, device).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -237,7 +247,7 @@ def main() -> None:
     for cell in ON_CPU if given.device == "cpu" else ON_CUDA:
         if given.only and given.only not in describe(cell):
             continue
-        found, predicted = measure(cell, given.device)
+        found, predicted = apart(cell, given.device)
         error = predicted.total / found - 1
         rows.append({"cell": describe(cell), "predicted_MiB": predicted.total / 2**20, "measured_MiB": found / 2**20, "error": error, "of": predicted.as_dict()})  # fmt: skip
         print(f"{describe(cell):70} predicted {predicted.total / 2**20:9.1f} MiB  measured {found / 2**20:9.1f} MiB  error {error:+.1%}", flush=True)  # fmt: skip

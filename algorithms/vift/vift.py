@@ -85,7 +85,9 @@ class ViFT(VisionAlgorithm):
         self.interval = _batches(decision_interval, f"{where}.decision_interval")
         self.pool = caption_pool(caption_prompts, f"{where}.caption_prompts")
         if not len(self.pool):
-            self.leaves_out = {"visual_instructions": "without caption_prompts no picture keeps words beside it"}
+            self.leaves_out = {
+                "visual_instructions": "without caption_prompts no picture keeps words beside it"
+            }
         self.max_refused = max_refused
         self.freeze_vision_on_text_steps = bool(freeze_vision_on_text_steps)
         self.log_interval = log_interval
