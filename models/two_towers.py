@@ -98,6 +98,7 @@ class TwoTowersConfig(PretrainedConfig):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
+        assert self.image_size is not None and self.patch_size is not None
         side = self.image_size // self.patch_size
         return side, side
 

@@ -85,7 +85,8 @@ def _write_whole(source: Path, to: Path) -> None:
 def _write_sharded(source: Path, to: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(read(source), storage_writer=dcp.FileSystemWriter(to), no_dist=True)
+    writer = dcp.FileSystemWriter(to)  # pyright: ignore[reportPrivateImportUsage]
+    dcp.save(read(source), storage_writer=writer, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def in_form(path: str, sharded: bool, store: Any = None) -> Iterator[tuple[str, 
             except (Exception, CheckpointException) as error:  # that one is no Exception
                 line = str(error).splitlines()[0] if str(error) else type(error).__name__
                 result = user_error_in(error) or UserError(f"{path}: cannot be converted: {line}")
-        results = dist.all_gather_object(result)  # else the other ranks would wait for this one
+        results: list[Any] = dist.all_gather_object(result)  # else the other ranks would wait for this one
         for error in results:
             if isinstance(error, UserError):
                 raise error

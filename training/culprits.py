@@ -84,8 +84,9 @@ def _not_finite(
     """Keys of the loss of ``state.batch`` that are not finite."""
     _tell(Event.BEFORE_FORWARD, methods, state, logger)
     with get_precision_context(state.precision, state.precision_config):
-        state.outputs = model(state.batch)
-        losses: Any = model.loss(state.outputs, state.batch)
+        outputs: Any = model(state.batch)
+        state.outputs = outputs
+        losses: Any = model.loss(outputs, state.batch)
     state.loss = losses
     _tell(Event.AFTER_LOSS, methods, state, logger)
     keys = tuple(k for k, v in losses.items() if not bool(v.detach().isfinite().all()))

@@ -59,7 +59,7 @@ class GradientShares:
             found = torch.autograd.grad(loss.mean(), self.parameters, retain_graph=True, allow_unused=True)
             pairs = [(s, g) for s, g in zip(self.sums[key], found, strict=True) if g is not None]
             if pairs:
-                torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
+                torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])  # pyright: ignore[reportPrivateImportUsage]
 
     def entries(self, micro_batches: int) -> dict[str, torch.Tensor]:
         """What is said in the class, as tensors on the device; every rank must call it.
@@ -73,7 +73,7 @@ class GradientShares:
             for grad in each:
                 dist.all_reduce(grad)
             if each:
-                torch._foreach_mul_(each, scale)
+                torch._foreach_mul_(each, scale)  # pyright: ignore[reportPrivateImportUsage]
         out: dict[str, torch.Tensor] = {}
         names = sorted(set(self.parts))
         products = torch.stack([self._products(part, keys) for part in names]) if names else None

@@ -103,18 +103,18 @@ class NonFinite(Callback):
         weights = state.device.tensor_to_device(weights)
         dist.all_reduce(weights, reduce_operation="MAX")
         broken = bool(weights.item())
-        tensor = _first_not_finite(state.model) if gradients and not keys else None
+        wrong = _not_finite(state.model) if gradients and not keys else []
         drop_gradients(state)
         culprits = [] if broken else second_look(state, gradients_too=not keys)
-        everyone = dist.all_gather_object((culprits, samples_of(state), tensor))
+        everyone = dist.all_gather_object((culprits, samples_of(state), wrong))
         culprits = [c for found, _, _ in everyone for c in found]
         size = sum(len(samples) for _, samples, _ in everyone)
-        tensor = next((t for _, _, t in everyone if t is not None), None)
+        names = list(dict.fromkeys(name for _, _, found in everyone for name in found))
         if keys:
             what = " and ".join(f"loss/train/{k}" for k in keys)
             what += " is not finite" if len(keys) == 1 else " are not finite"
         else:
-            what = f"the gradient of {tensor} is not finite (its losses are)"
+            what = _tensors(names)
         step = int(state.timestamp.batch) + 1
         line = f"step {step}: {what} {_whose(culprits, size, broken)}"
         self.skipped += 1
@@ -180,7 +180,7 @@ def finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     local = [getattr(t, "_local_tensor", t).detach() for t in tensors if t.is_floating_point()]
     if not local:
         return torch.ones(1, dtype=torch.bool)
-    sums = torch._foreach_norm(local, 1.0, dtype=torch.float32)
+    sums = torch._foreach_norm(local, 1.0, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack(sums).isfinite().all().reshape(1)
 
 
@@ -211,12 +211,20 @@ def last_good_checkpoint(state: State, before_now: bool) -> str:
     return "no checkpoint was saved yet"
 
 
-def _first_not_finite(model: Any) -> str | None:
-    """Name of a parameter with a gradient that is not finite, on this rank."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(finite([parameter.grad])):
-            return name.removeprefix("module.")
-    return None
+def _not_finite(model: Any) -> list[str]:
+    """Names of the parameters with a gradient that is not finite, on this rank."""
+    return [
+        name.removeprefix("module.")
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(finite([parameter.grad]))
+    ]
+
+
+def _tensors(names: list[str]) -> str:
+    """Whose gradient, in words. Clipping by one norm spreads a NaN to all that it clips, so the first is said to be no more."""
+    if len(names) == 1:
+        return f"the gradient of {names[0]} is not finite (its losses are)"
+    return f"the gradients of {len(names)} tensors, such as {names[0]}, are not finite (the losses are)"
 
 
 def _whose(culprits: list[Culprit], size: int, broken: bool) -> str:

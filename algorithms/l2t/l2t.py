@@ -247,16 +247,15 @@ class L2T(VisionAlgorithm):
         # Numbers stay on the device until somebody writes them down.
         first, later, response, n_first, n_later, n_response = sums.unbind()
         mean = lambda total, n: total / n.clamp(min=1.0)  # noqa: E731
-        logger.log_metrics(
-            {
-                "l2t/loss_I": mean(first + later, n_first + n_later),
-                "l2t/loss_I_first": mean(first, n_first),
-                "l2t/loss_I_later": mean(later, n_later),
-                "l2t/loss_A": mean(response, n_response),
-                "l2t/n_I": n_first + n_later,
-                "l2t/n_A": n_response,
-            }
-        )
+        logged: dict[str, Any] = {
+            "l2t/loss_I": mean(first + later, n_first + n_later),
+            "l2t/loss_I_first": mean(first, n_first),
+            "l2t/loss_I_later": mean(later, n_later),
+            "l2t/loss_A": mean(response, n_response),
+            "l2t/n_I": n_first + n_later,
+            "l2t/n_A": n_response,
+        }
+        logger.log_metrics(logged)
 
     def state_dict(self) -> dict[str, Any]:
         """The templates in use: a resumed run keeps its labels."""
