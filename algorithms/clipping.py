@@ -21,7 +21,7 @@ class GradientClippingByPart(Algorithm):
     """
 
     def __init__(self, clipping_threshold: float):
-        if clipping_threshold <= 0:
+        if not clipping_threshold > 0:  # NaN neither
             raise UserError(
                 f"algorithms.gradient_clipping_by_part.clipping_threshold: {clipping_threshold} is not positive"
             )

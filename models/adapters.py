@@ -12,6 +12,7 @@ checkpoint of another run, a sharded model whose tensors were gathered.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -103,8 +104,14 @@ class LoraSettings:
         return made
 
     def _wrong(self) -> dict[str, str | bool]:
-        def number(value: Any, least: float, most: float = float("inf")) -> bool:
+        def number(value: Any, least: float, most: float = sys.float_info.max) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+        def whole(value: Any) -> bool:
+            return type(value) is int and value >= 1
+
+        def pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
+            return value is None or (isinstance(value, Mapping) and all(fits(v) for v in value.values()))
 
         def names(value: Any) -> bool:
             return isinstance(value, str) or (
@@ -113,9 +120,8 @@ class LoraSettings:
 
         layers = self.layers_to_transform
         layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         return {
-            "r": not (type(self.r) is int and self.r >= 1) and "expected a whole number, 1 or more",
+            "r": not whole(self.r) and "expected a whole number, 1 or more",
             "lora_alpha": not (number(self.lora_alpha, 0) and self.lora_alpha > 0)
             and "expected a number above 0",
             "lora_dropout": not (number(self.lora_dropout, 0, 1) and self.lora_dropout < 1)
@@ -126,13 +132,14 @@ class LoraSettings:
             and "expected names of layers or a regular expression",
             "layers_to_transform": not all(type(n) is int and n >= 0 for n in layers)
             and "expected numbers of layers",
-            **{
-                k: not (p is None or (isinstance(p, Mapping) and all(number(v, 1) for v in p.values())))
-                and "expected a mapping of layer names to numbers, 1 or more"
-                for k, p in patterns.items()
-            },
+            "rank_pattern": not pattern(self.rank_pattern, whole)
+            and "expected a mapping of layer names to whole numbers, 1 or more",
+            "alpha_pattern": not pattern(self.alpha_pattern, lambda v: number(v, 0) and v > 0)
+            and "expected a mapping of layer names to numbers above 0",
             "use_rslora": type(self.use_rslora) is not bool and "expected true or false",
-            "init_lora_weights": self.init_lora_weights not in (True, False, "gaussian")
+            "init_lora_weights": not (
+                type(self.init_lora_weights) is bool or self.init_lora_weights == "gaussian"
+            )
             and "expected true, false or gaussian",
         }
 
@@ -163,7 +170,21 @@ def targets(model: VisionLanguageModel, settings: LoraSettings) -> list[str]:
     chosen = [name for name in chosen if numbers is None or inside[name] in numbers]
     if not chosen:
         raise UserError("peft_config: no layer is left to adapt")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for name in getattr(settings, key) or {}:
+            _refuse_idle(key, str(name), chosen)
     return chosen
+
+
+def _refuse_idle(key: str, pattern: str, chosen: list[str]) -> None:
+    """A pattern that meets no adapted layer: peft would pass over it. Its rule: an expression for the path or its end."""
+    try:
+        rule = re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise UserError(f"peft_config.{key}: '{pattern}' is no regular expression ({error})") from error
+    if not any(rule.match(name) for name in chosen):
+        ends = {name.rpartition(".")[2] for name in chosen}
+        raise UserError(f"peft_config.{key}: no adapted layer is '{pattern}'{nearest(pattern, ends)}")
 
 
 def _matching(asked: Any, inside: list[str], decoder: str, key: str, hf: nn.Module) -> list[str]:

@@ -76,10 +76,14 @@ class CompileSettings:
             value = getattr(made, key)
             if not isinstance(value, bool) and not (key == "dynamic" and value is None):
                 raise UserError(f"{place(key)}: expected true or false, got {value!r}")
-        if made.mode in CUDA_GRAPHS:
-            raise UserError(
-                f"{place('mode')}: '{made.mode}': its CUDA graphs write over outputs that methods keep; use {', '.join(MODES)}"
-            )
+        for key, wrong, instead in (
+            ("mode", made.mode in CUDA_GRAPHS, ", ".join(MODES)),
+            ("backend", made.backend == "cudagraphs", "inductor"),
+        ):
+            if wrong:
+                raise UserError(
+                    f"{place(key)}: '{getattr(made, key)}': its CUDA graphs write over outputs that methods keep; use {instead}"
+                )
         if made.mode is not None and (made.mode not in MODES or made.backend != "inductor"):
             hint = nearest(str(made.mode), MODES) if made.backend == "inductor" else "; modes are inductor's"
             raise UserError(f"{place('mode')}: '{made.mode}': unknown{hint}")

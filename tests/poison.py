@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from composer import Callback
+from composer.core import Algorithm, Event
 
-from opsin.algorithms.base import VisionAlgorithm
+from opsin.algorithms.base import VisionAlgorithm, unwrap
 from opsin.data.schema import stable_hash
 from opsin.models.errors import UserError
 from opsin.models.net import nan_safe_zero
@@ -58,6 +59,17 @@ class Always(VisionAlgorithm):
 
     def after_loss(self, model: Any, state: Any, logger: Any) -> None:
         state.loss[self.name] = term(state.loss["lm"].detach() * float("nan"), self.name, state.batch)
+
+
+class SpoilGradient(Algorithm):
+    """One NaN in the gradient of the layer that reads words, before anything is clipped."""
+
+    def match(self, event: Event, state: Any) -> bool:
+        return event == Event.AFTER_BACKWARD
+
+    def apply(self, event: Event, state: Any, logger: Any) -> None:
+        name = "hf.lm_head.weight"
+        unwrap(state.model).net.get_parameter(name).grad.view(-1)[0] = float("nan")
 
 
 class BreakWeights(Callback):

@@ -207,7 +207,9 @@ def parsed(text: str) -> list[tuple[str, bool, str]]:
     """``a=b, c!=d`` as (name, whether equal, value)."""
     found = []
     for one in text.split(","):
-        name, _, value = one.strip().partition("=")
+        name, equals, value = one.strip().partition("=")
+        if not equals:
+            raise ValueError(f"'{text}': a condition is name=value or name!=value")
         found.append((name.rstrip("!"), not name.endswith("!"), value))
     return found
 

@@ -26,12 +26,14 @@ from composer.core import Algorithm, Event
 from rich.console import Console
 
 from opsin.algorithms.base import unwrap
+from opsin.algorithms.clipping import GradientClippingByPart
 from opsin.algorithms.compose import identical_by_construction
 from opsin.algorithms.l2t import L2T
 from opsin.algorithms.l2t.functional import NORMALISATIONS
 from opsin.algorithms.vift import ViFT
 from opsin.data.scenes import SceneConfig, write
 from opsin.data.streaming import StreamingVLMDataset
+from opsin.models.errors import UserError
 from opsin.training.check import check
 from opsin.training.metrics_file import read_metrics
 from opsin.training.train import train
@@ -315,3 +317,9 @@ def test_with_clipping_by_part_no_head_changes_the_step_of_the_language_model(mo
             for part in ("hf", "auxiliary.ross", "auxiliary.jarvis"):
                 of = [g for n, g in blown["gradients"][0].items() if n.startswith(f"net.{part}.")]
                 assert float(torch.stack([g.norm() for g in of]).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan")])
+def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
+    with pytest.raises(UserError, match=r"clipping_threshold: \S+ is not positive"):
+        GradientClippingByPart(threshold)

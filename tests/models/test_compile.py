@@ -75,6 +75,10 @@ def alike(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
             "compile.mode: 'reduce-overhead': its CUDA graphs write over outputs that methods keep; "
             "use default, max-autotune-no-cudagraphs",
         ),
+        (
+            {"backend": "cudagraphs"},
+            "compile.backend: 'cudagraphs': its CUDA graphs write over outputs that methods keep; use inductor",
+        ),
         ({"mode": "default", "backend": "eager"}, "compile.mode: 'default': unknown; modes are inductor's"),
         ({"dynamic": "yes"}, "compile.dynamic: expected true or false, got 'yes'"),
     ],

@@ -67,6 +67,10 @@ def model_of(family: str = "llava", **trainable: bool) -> VisionLanguageModel:
         ({"target_modules": []}, "peft_config.target_modules: expected all-linear"),
         ({"layers_to_transform": [-1]}, "peft_config.layers_to_transform: expected numbers of layers"),
         ({"rank_pattern": {"q_proj": 0}}, "peft_config.rank_pattern: expected a mapping"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "peft_config.rank_pattern: expected a mapping"),
+        ({"alpha_pattern": {"q_proj": 0}}, "peft_config.alpha_pattern: expected a mapping"),
+        ({"lora_alpha": float("inf")}, "peft_config.lora_alpha: expected a number above 0, got inf"),
+        ({"init_lora_weights": 1}, "peft_config.init_lora_weights: expected true, false or gaussian, got 1"),
         ({"bias": "all"}, "peft_config.bias: not here: biases stay frozen"),
         ({"use_dora": True}, "peft_config.use_dora: not here: DoRA is not supported"),
         ({"modules_to_save": ["lm_head"]}, "peft_config.modules_to_save: not here: trainable says"),
@@ -128,6 +132,9 @@ def test_layers_are_chosen_by_name_expression_and_number(given: dict, count: int
         ({"target_modules": "(("}, "is no regular expression"),
         ({"layers_to_transform": [4]}, "4: the language model has layers 0 to 3"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no layer is left to adapt"),
+        ({"rank_pattern": {"qproj": 4}}, "rank_pattern: no adapted layer is 'qproj'; did you mean 'q_proj'?"),
+        ({"alpha_pattern": {"v_proj": 4}, "target_modules": ["q_proj"]}, "alpha_pattern: no adapted layer is 'v_proj'"),
+        ({"rank_pattern": {"((": 4}}, "rank_pattern: '((' is no regular expression"),
     ],
 )  # fmt: skip
 def test_layers_that_are_not_there_are_one_line(given: dict, said: str) -> None:

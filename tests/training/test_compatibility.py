@@ -132,6 +132,11 @@ def test_what_nobody_knows_is_an_error_of_the_method() -> None:
     class Needy(methods.MeanColour):
         needs: ClassVar[frozenset[str]] = frozenset({"sounds"})
 
+    class Vague(methods.MeanColour):
+        refuses: ClassVar[dict[str, str]] = {"packing": "?"}
+
+    with pytest.raises(ValueError, match="'packing': a condition is name=value or name!=value"):
+        said(Vague())
     with pytest.raises(ValueError, match="'pakcing=true' names 'pakcing', no setting and no keyword"):
         said(Wrong())
     with pytest.raises(ValueError, match="needs 'sounds', which is unknown"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_stopped_in_the_step_before_its_update(what: str) -> None:
     assert told["said"].startswith("step 2: ") and "\n" not in told["said"]
     assert told["said"].endswith("no checkpoint was saved yet")
     if what == "gradient":
-        assert "the gradient of net." in told["said"]
+        assert "the gradients of " in told["said"] and " tensors, such as net.hf." in told["said"]
     else:
         assert "loss/train/poison is not finite" in told["said"] and "loss/train/lm" not in told["said"]
 
@@ -123,6 +124,19 @@ def test_a_run_whose_first_batch_was_left_out_resumes(tmp_path: Path) -> None:
     assert again["logged"][0].get("non_finite/skipped") is None
     counted = torch.load(tmp_path / "ep0-ba3-rank0.pt", weights_only=False)["state"]["callbacks"]["NonFinite"]
     assert counted == {"skipped": 1, "in_a_row": 0}
+
+
+def test_a_gradient_that_clipping_has_spread_is_named_as_many() -> None:
+    """One norm for all makes every gradient NaN before anybody looks: then no single tensor is blamed."""
+    spoil = ("poison:SpoilGradient", {})
+    clip = ("composer.algorithms:GradientClipping", {"clipping_type": "norm", "clipping_threshold": 1.0})
+    guard = {**SMALL, "callbacks": [(GUARD, {})]}
+    alone = ended(**guard, algorithms=[spoil])["said"]
+    assert "the gradient of net.hf.lm_head.weight is not finite (its losses are)" in alone
+    spread = ended(**guard, algorithms=[spoil, clip])["said"]
+    assert re.search(
+        r"the gradients of \d\d tensors, such as net\.\S+, are not finite \(the losses are\)", spread
+    )
 
 
 def test_weights_that_went_wrong_are_named_and_never_skipped() -> None:
