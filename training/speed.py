@@ -23,8 +23,8 @@ class SpeedMonitor(ComposerSpeedMonitor):
 
     Args:
         window_size: batches of the rolling mean; nothing is logged before there are so many.
-        gpu_flops_available: the device's peak, operations a second; default: Composer's table by device and precision, then
-            ``opsin plan``'s. Without one (on a CPU) there is no MFU.
+        gpu_flops_available: the device's peak, operations a second; default: ``opsin plan``'s table by device and precision, then
+            Composer's. Without one (on a CPU) there is no MFU.
         time_unit: of ``time/...``: seconds, minutes, hours or days.
     """
 

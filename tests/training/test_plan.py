@@ -266,7 +266,8 @@ def test_drivers_names_of_gpus() -> None:
     ):
         found = gpu_of_device(said)
         assert found is not None and found.name == name, said
-    assert gpu_of_device("Tesla K80") is None
+    for other in ("Tesla K80", "NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA A10G", "NVIDIA H100 NVL"):
+        assert gpu_of_device(other) is None, other
     assert gpu_named("H100").peak("amp_bf16") == 989.5e12 and gpu_named("a100").peak("fp32") == 19.5e12
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ...models.errors import UserError, nearest
@@ -66,13 +67,14 @@ def gpu_named(name: str) -> GPU:
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
-    """The GPU that a driver's name means (``NVIDIA H100 80GB HBM3``); None: not in the table."""
+    """The GPU that a driver's name means (``NVIDIA H100 80GB HBM3``); None: not in the table (an L40, an H100 NVL)."""
     said = device_name.lower()
     for mark, name in (
-        ("h200", "h200"), ("gh200", "gh200"), ("h100 pcie", "h100-pcie"), ("h100", "h100"), ("b200", "b200"),
+        ("h200 nvl", None), ("h200", "h200"), ("gh200", "gh200"), ("h100 pcie", "h100-pcie"), ("h100 nvl", None),
+        ("h100", "h100"), ("b200", "b200"),
         ("a100-sxm4-40gb", "a100-40gb"), ("a100-pcie-40gb", "a100-40gb"), ("a100", "a100-80gb"), ("l40s", "l40s"),
-        ("a10g", None), ("a10", "a10"), ("rtx 4090", "rtx-4090"), ("6000 ada", "rtx-6000-ada"), ("l4", "l4"),
+        ("a10", "a10"), ("rtx 4090", "rtx-4090"), ("6000 ada", "rtx-6000-ada"), ("l4", "l4"),
     ):  # fmt: skip
-        if mark in said and not (mark == "h200" and "gh200" in said):
+        if re.search(rf"\b{mark}\b", said):  # whole words: L40 is no L4, A1000 no A100
             return None if name is None else GPUS[name]
     return None

@@ -21,6 +21,8 @@ here=${OPSIN_CLUSTER:-$(python -c 'import pathlib, opsin.yamls as y; print(pathl
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export NNODES=$SLURM_NNODES NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
+# (since 22.05 srun does not take over --cpus-per-task; workers that read data would share one core)
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 # One node's end ends all: the others would wait for it until dist_timeout.
 exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$here/node.sh" "$@"
