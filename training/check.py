@@ -33,7 +33,7 @@ from .builders import (
     place_in,
     used_nowhere,
 )
-from .compatibility_check import hold, print_warnings
+from .compatibility_check import hold, hold_callback, print_warnings
 from .config import Loaded
 from .preflight import print_methods
 from .prepare import refuse_specs
@@ -73,7 +73,7 @@ def refuse_mistakes(loaded: Loaded, here: bool = True) -> None:
             make = registry.get(name, where(""))
             check_arguments(make, dict(keywords or {}), where)
             if name in registry.builtin:  # ours do nothing when they are made, and look at values, too
-                construct(make, dict(keywords or {}), where)
+                hold_callback(loaded, stages, name, construct(make, dict(keywords or {}), where))
     for stage in stages:
         _refuse_stage(loaded, stage)
     refuse_specs(loaded)

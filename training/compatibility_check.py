@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -14,6 +14,9 @@ from .compatibility import REFUSED, holds, of_method, of_run, parsed, said
 from .composer_rules import RULES
 from .config import Loaded
 from .schema import StageConfig
+
+if TYPE_CHECKING:
+    from .stages import Stage
 
 
 def facts_of(
@@ -109,6 +112,18 @@ def hold(
                 raise UserError(f"{place}{only}: {verdict.line()}")
             warned.append(f"{place}{only}: {verdict.line()}")
     return warned
+
+
+def hold_callback(loaded: Loaded, stages: Iterable[Stage], name: str, callback: Any) -> None:
+    """Hold one of our callbacks against the table; it may declare ``refuses``, as methods do.
+
+    Raises:
+        UserError: a stage has what it refuses.
+    """
+    for stage in stages:
+        for verdict in of_method(callback, facts_of(loaded, stage.config, stage.name), {}):
+            if verdict.status == REFUSED:
+                raise UserError(f"{loaded.where('callbacks', name)}: {verdict.line()}")
 
 
 def _of_composers(name: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -17,6 +17,11 @@ from ..models.errors import UserError
 from ..models.normalise import TERMS, declared, global_sum, unit_of
 from .gradient_shares import GradientShares, differentiate_compiled_layers_twice
 
+_NOT_SHARDED = (
+    "gradient_share_interval: gradients are made and summed over ranks in one backward pass of the whole loss; leave it out, "
+    "or look under DDP"
+)
+
 
 class LossLedger(Callback):
     """Logs every loss term of every step, and now and then its share of the gradient.
@@ -47,6 +52,7 @@ class LossLedger(Callback):
                 f"callbacks.loss_ledger.gradient_share_interval: {gradient_share_interval} is less than 1"
             )
         self.gradient_share_interval = gradient_share_interval
+        self.refuses = {"fsdp2=true": _NOT_SHARDED} if gradient_share_interval else {}
         self._raw: torch.Tensor | None = None
         self._weights: list[torch.Tensor | None] = []
         self._names: list[str] = []
@@ -58,10 +64,7 @@ class LossLedger(Callback):
     def init(self, state: State, logger: Logger) -> None:
         """Refuse what cannot be had."""
         if self.gradient_share_interval and state.fsdp_config is not None:
-            raise UserError(
-                "callbacks.loss_ledger.gradient_share_interval: not with parallelism_config.fsdp2, whose gradients are made "
-                "and summed over ranks in one backward pass of the whole loss; leave it out, or look under DDP"
-            )
+            raise UserError(f"callbacks.loss_ledger: not with parallelism_config.fsdp2 ({_NOT_SHARDED})")
         if self.gradient_share_interval:
             differentiate_compiled_layers_twice()
 

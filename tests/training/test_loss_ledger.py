@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opsin.models.errors import UserError
+from opsin.training.check import refuse_mistakes
 from opsin.training.loss_ledger import LossLedger
 from opsin.training.metrics_file import read_metrics
 from opsin.training.train import train
@@ -133,12 +134,30 @@ def test_two_ranks_log_the_numbers_of_one(ranks: Any) -> None:
     told = {k: v for k, v in entries(one, 0).items() if "gradient" not in k}
     assert entries(sharded[0], 0) == pytest.approx(told, abs=1e-5)
     refused = ranks.run("poison:ended", **options, parallel="fsdp2")
-    assert all("gradient_share_interval: not with parallelism_config.fsdp2" in r["said"] for r in refused)
+    assert all(
+        "loss_ledger: not with parallelism_config.fsdp2 (gradient_share_" in r["said"] for r in refused
+    )
 
 
 def test_intervals_below_one_are_refused() -> None:
     with pytest.raises(UserError, match="gradient_share_interval: 0 is less than 1"):
         LossLedger(gradient_share_interval=0)
+
+
+def test_gradient_shares_under_fsdp2_are_refused_before_anything_is_built(
+    tmp_path: Path, scenes: str
+) -> None:
+    def refuse(**keywords: Any) -> None:
+        loaded = runs.loaded(
+            tmp_path, scenes, parallelism_config={"fsdp2": {}}, callbacks={"loss_ledger": keywords}
+        )
+        refuse_mistakes(loaded, here=False)
+
+    refuse()
+    with pytest.raises(
+        UserError, match=r"run\.yaml:\d+: callbacks\.loss_ledger: does not work with .*fsdp2: true"
+    ):
+        refuse(gradient_share_interval=2)
 
 
 def test_a_run_writes_its_ledger_into_metrics(tmp_path: Path, scenes: str) -> None:
