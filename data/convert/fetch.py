@@ -1,7 +1,7 @@
 """Pictures by path or URL, in a bounded time and of a bounded size; each failure has a reason.
 
 A list of URLs is somebody else's: a name on it may lead into one's own network. Addresses that are not public are
-refused unless they are allowed, at every redirection; no cookies, ``.netrc`` or other credentials are sent over HTTP.
+refused unless they are allowed, at every redirection, by name and by the address connected to; no cookies, ``.netrc`` or other credentials are sent over HTTP.
 """
 
 from __future__ import annotations
@@ -114,13 +114,16 @@ class Fetcher:
 
     def _http(self, address: str) -> bytes:
         import requests
+        from urllib3.exceptions import HTTPError
 
         ends = time.monotonic() + self.timeout
         for _ in range(_HOPS):
             self._refuse_private(address)
             try:
                 with closing(
-                    _session().get(address, stream=True, timeout=self.timeout, allow_redirects=False)
+                    _session(self.private).get(
+                        address, stream=True, timeout=self.timeout, allow_redirects=False
+                    )
                 ) as answer:
                     if answer.is_redirect:
                         address = urljoin(address, answer.headers["location"])
@@ -131,15 +134,17 @@ class Fetcher:
                         raise _Again(f"the server answers {answer.status_code}")
                     if answer.status_code != 200:
                         raise Unusable("missing picture", f"the server answers {answer.status_code}")
-                    return _body(answer.iter_content(_CHUNK), answer.headers.get("content-length"), ends)
+                    return _body(_pieces(answer.raw), answer.headers.get("content-length"), ends)
             except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError) as error:
                 raise Unusable("address", f"is no address ({type(error).__name__})") from error
-            except requests.RequestException as error:  # its text repeats the address
+            except (requests.RequestException, HTTPError) as error:  # its text repeats the address
                 raise _Again(f"cannot be fetched ({type(error).__name__})") from error
         raise Unusable("unreachable picture", f"is redirected more than {_HOPS} times")
 
     def _refuse_private(self, address: str) -> None:
         from requests.utils import get_environ_proxies
+
+        from .public_hosts import is_public, private_host
 
         if self.private:
             return
@@ -151,8 +156,8 @@ class Fetcher:
                 found = {i[4][0] for i in socket.getaddrinfo(host, port or 80, type=socket.SOCK_STREAM)}
         except (OSError, ValueError, UnicodeError) as error:
             raise _Again(f"its host is not known ({type(error).__name__})") from error
-        if not all(ipaddress.ip_address(str(each).partition("%")[0]).is_global for each in found):
-            raise Unusable("private address", "lies on a host that is not public; --private-hosts allows it")
+        if not all(is_public(str(each)) for each in found):
+            raise private_host()
 
     def _s3(self, address: str) -> bytes:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -178,6 +183,12 @@ def _is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _pieces(raw: Any) -> Iterator[bytes]:
+    """A body as it comes: waiting for whole pieces, a server that sends a byte now and then would keep us for hours."""
+    while piece := raw.read1(_CHUNK, decode_content=True):
+        yield piece
 
 
 def _body(chunks: Any, length: Any, ends: float) -> bytes:
@@ -207,21 +218,32 @@ def _inline(address: str) -> bytes:
         raise Unusable("unreadable picture", f"is no base64 ({first_line(error)})") from error
 
 
-def _session() -> Any:
-    """This thread's connections."""
+def _session(private: bool) -> Any:
+    """This thread's connections; unless ``private``, to public hosts alone."""
     import requests
 
-    if not hasattr(_local, "session"):
-        session = requests.Session()
+    from .public_hosts import PublicHosts
+
+    kept = _local.__dict__.setdefault("sessions", {})
+    if private not in kept:
+        session: Any = requests.Session()
         session.headers["User-Agent"] = _AGENT
         session.auth = _no_credentials  # else those of ~/.netrc go out
         session.cookies.set_policy(_no_cookies())
-        _local.session = session
-    return _local.session
+        session.get_redirect_target = _no_target  # else the body of a redirection is read, however long it is
+        if not private:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, PublicHosts())
+        kept[private] = session
+    return kept[private]
 
 
 def _no_credentials(request: Any) -> Any:
     return request
+
+
+def _no_target(answer: Any) -> None:
+    return None
 
 
 def _no_cookies() -> Any:

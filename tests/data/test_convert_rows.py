@@ -167,8 +167,9 @@ class Server(BaseHTTPRequestHandler):
             body = b"<html>sign in</html>"
         elif self.path == "/huge":
             headers["Content-Length"] = str(10**12)
-        elif self.path == "/endless":
-            self.send_response(200)
+        elif self.path in ("/endless", "/moved-endless"):
+            self.send_response(302 if "moved" in self.path else 200)
+            self.send_header("Location", "/ok.png")
             self.end_headers()
             try:
                 while True:
@@ -181,6 +182,17 @@ class Server(BaseHTTPRequestHandler):
             status, headers = 302, {"Location": "/ok.png"}
         elif self.path == "/file":
             status, headers = 302, {"Location": "file:///etc/passwd"}
+        elif self.path == "/drip":  # a byte now and then: no single wait is long
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(A)))
+            self.end_headers()
+            try:
+                for at in range(40):
+                    self.wfile.write(A[at : at + 1])
+                    threading.Event().wait(0.1)
+            except OSError:
+                pass
+            return
         elif self.path == "/slow":
             threading.Event().wait(3)
         self.send_response(status)
@@ -213,12 +225,14 @@ def test_pictures_by_url(server: str, tmp_path: Path, monkeypatch: pytest.Monkey
         f"{server}/ok.png?token=secret": "",
         f"{server}/twice": "",
         f"{server}/moved": "",
+        f"{server}/moved-endless": "",
         f"{server}/gone": "missing picture: the server answers 404",
         f"{server}/html": "unreadable picture: does not decode",
         f"{server}/huge": "large picture",
         f"{server}/endless": "large picture",
         f"{server}/loop": "unreachable picture: is redirected more than 5 times",
         f"{server}/file": "address: is redirected to something else",
+        f"{server}/drip": "unreachable picture: it came too slowly",
         f"{server}/slow": "unreachable picture: cannot be fetched (ReadTimeout)",
         closed: "unreachable picture: cannot be fetched (ConnectionError)",
         "http://": "unreachable picture|address",
@@ -235,7 +249,7 @@ def test_pictures_by_url(server: str, tmp_path: Path, monkeypatch: pytest.Monkey
         "data:image/png;base64,%%%": "unreadable picture: is no base64",
         "data:image/png,abc": "address: a data: address",
     }
-    fetcher = Fetcher(str(tmp_path / "in"), timeout=1.0, retries=1, private=True)
+    fetcher = Fetcher(str(tmp_path / "in"), timeout=2.0, retries=1, private=True)
     got = list(fetcher.fetch_all(list(expected)))
     for (place, want), found in zip(expected.items(), got, strict=True):
         said = "" if isinstance(found, bytes) else ": ".join(found.args)
@@ -250,6 +264,21 @@ def test_pictures_by_url(server: str, tmp_path: Path, monkeypatch: pytest.Monkey
         found = next(iter(public.fetch_all([place])))
         assert isinstance(found, Unusable) and found.args[0] == "private address", place
     assert len(Server.asked) == asked
+
+
+def test_a_name_that_leads_elsewhere_the_second_time(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Public when it is looked up, this machine when it is connected to: nothing is sent."""
+    asked, look_up = len(Server.asked), socket.getaddrinfo
+    answers = iter(["8.8.8.8", "127.0.0.1"])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: look_up(next(answers), *a, **k))
+    port = server.rpartition(":")[2]
+    (found,) = Fetcher(str(tmp_path), timeout=1.0, retries=0).fetch_all(
+        [f"http://pictures.example:{port}/ok.png"]
+    )
+    assert isinstance(found, Unusable) and found.args[0] == "private address"
+    assert next(answers, None) is None and len(Server.asked) == asked
 
 
 def test_jsonl_with_urls(server: str, tmp_path: Path) -> None:
