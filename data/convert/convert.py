@@ -59,7 +59,7 @@ def open_source(
         kind: one of :data:`FORMATS`.
         images: folder where the paths of pictures begin; default: that of the source.
         columns: ``question=NAME,answer=NAME,image=NAME`` (see :data:`opsin.data.convert.rows.KNOWN`).
-        split: of a Hugging Face data set.
+        split: of a Hugging Face data set in a folder.
         limit: take the first so many samples.
         timeout, retries, private, threads: see :class:`~opsin.data.convert.fetch.Fetcher`.
 
@@ -71,6 +71,13 @@ def open_source(
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: at least 1")
     kind = _guessed(source) if kind == "auto" else kind
+    if split is not None and (kind != "hf" or Path(source).expanduser().is_file()):
+        what = (
+            "a single file has no splits"
+            if kind == "hf"
+            else f"only Hugging Face data sets have them, not {kind}"
+        )
+        raise UserError(f"--split '{split}': {what}")
     named = parse_columns(columns)
     folder = Path(source).expanduser()
     default = folder if folder.is_dir() else folder.parent

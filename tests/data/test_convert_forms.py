@@ -185,6 +185,7 @@ def test_another_source_does_not_go_on_with_this_one(tmp_path: Path) -> None:
         (lambda f: (str(f / "{0..2}.tar"), {}), "0.tar: no such file"),
         (lambda f: (str(forms.write_llava(f, samples())), {"columns": "image=x"}), "use --format jsonl"),
         (lambda f: (str(forms.write_llava(f, samples())), {"limit": 0}), "--limit 0"),
+        (lambda f: (str(forms.write_tars(f, samples())), {"split": "test"}), "--split 'test': only Hugging Face"),
     ],
 )  # fmt: skip
 def test_what_is_no_source(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
