@@ -21,7 +21,8 @@ from .pictures import Unusable
 from .rows import Columns, name_of
 from .source import RowSource
 
-_SPLIT = re.compile(r"^(.+?)(-\d{5}-of-\d{5}.*|-\d+)?$")
+_NUMBERED = re.compile(r"^(.+?)-\d{5}-of-\d{5}")
+_KEYWORD = re.compile(r"(?:^|[-_. ])(train|test|validation|valid|val|dev|eval)(?:[-_. ]|$)")
 
 
 class TableSource(RowSource):
@@ -123,7 +124,7 @@ def _saved_splits(path: Path) -> dict[str, list[Path]]:
     folders = {"": path}
     listing = path / "dataset_dict.json"
     if listing.is_file():
-        folders = {str(name): path / str(name) for name in _read(listing).get("splits", [])}
+        folders = {str(name): path / Path(str(name)).name for name in _read(listing).get("splits", [])}
     found = {}
     for name, folder in folders.items():
         if not (folder / "state.json").is_file():
@@ -137,15 +138,15 @@ def _saved_splits(path: Path) -> dict[str, list[Path]]:
 
 
 def _named_splits(path: Path) -> dict[str, list[Path]]:
-    """Split -> files of a folder, by the names that the hub gives them."""
+    """Split -> files of a folder, by the names that the hub gives them; all others are one split, as in ``datasets``."""
     found: dict[str, list[Path]] = {}
     for folder in (path, path / "data"):
         files = sorted(
             f for ending in ("parquet", "arrow") for f in folder.glob(f"*.{ending}") if f.is_file()
         )
         for file in files:
-            name = _SPLIT.match(file.stem)
-            found.setdefault(name[1] if name else file.stem, []).append(file)
+            name = _NUMBERED.match(file.stem) or _KEYWORD.search(file.stem)
+            found.setdefault(name[1] if name else "train", []).append(file)
         if found:
             break
     return found

@@ -388,6 +388,11 @@ def test_splits_and_files_of_a_data_set(tmp_path: Path) -> None:
         hf_files(tmp_path / "hub")
     with pytest.raises(UserError, match="--split 'tset': there is none; did you mean 'test'"):
         hf_files(tmp_path / "hub", "tset")
+    for name in ("0000", "0001", "part-00002-a1b2c3.snappy", "val-1", "x_test.v2"):
+        (tmp_path / "odd-names").mkdir(exist_ok=True)
+        (tmp_path / "odd-names" / f"{name}.parquet").write_bytes(b"")
+    found = {split: len(hf_files(tmp_path / "odd-names", split)) for split in ("train", "val", "test")}
+    assert found == {"train": 3, "val": 1, "test": 1}
     forms.write_arrow(tmp_path / "saved" / "train", few)
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert len(open_source(str(tmp_path / "saved")).source) == 4
