@@ -398,6 +398,8 @@ def test_mask_equals_a_loop_over_tokens(data) -> None:
         is_first = f["turn_ids"][i] <= 0 or f["branch_ids"][i] > 0
         want = want and (turns == "all" or (turns == "first") == is_first)
         want = want and (text_only or any(f["document_ids"][j] >= 0 for j in visual))
+        asked = [j for j in mine if f["roles"][j] == Role.INSTRUCTION and f["sentence_ids"][j] != 0]
+        want = want and any(f["document_ids"][j] >= 0 for j in asked)  # punctuation alone asks nothing
         want = want and all(j < i for j in visual if f["turn_ids"][j] == f["turn_ids"][i])
         assert bool(got[i]) == bool(want), i
 
