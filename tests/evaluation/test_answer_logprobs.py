@@ -98,7 +98,7 @@ def test_branches_rows_and_one_by_one_say_the_same(family: str, bidirectional: b
     for other in ways[1:]:
         close(ways[0], other)
     values = [one.sum for one in flat(ways[0])]
-    assert len({round(v, 3) for v in values}) == len(values), "the test would not notice a mix-up"
+    assert len({round(v, 4) for v in values}) == len(values), "the test would not notice a mix-up"
 
 
 def test_the_stored_answers_are_scored_in_one_row_a_sample() -> None:
