@@ -41,7 +41,9 @@ def data_scenes(
     out: NewFolder,
     samples: Annotated[int, typer.Option(help="How many.")] = 1000,
     split: Annotated[str, typer.Option()] = "train",
-    stream: Annotated[str, typer.Option(help="vqa, caption, text, text_caption, text_skill")] = "vqa",
+    stream: Annotated[
+        str, typer.Option(help="vqa, caption, text, text_caption, text_skill, blind, mismatched")
+    ] = "vqa",
     seed: Annotated[int, typer.Option()] = 17,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of data.scenes.SceneConfig.")

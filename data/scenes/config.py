@@ -44,7 +44,7 @@ SPLITS = (
 )
 """Where a scene's facts come from; :mod:`opsin.data.scenes.splits` says what each one is for."""
 
-STREAMS = ("vqa", "caption", "text", "text_caption", "text_skill")
+STREAMS = ("vqa", "caption", "text", "text_caption", "text_skill", "blind", "mismatched")
 """What is written about a scene; :func:`opsin.data.scenes.sample` says what each one holds."""
 
 MOST_OBJECTS = 6

@@ -14,6 +14,10 @@ from .language import TEXT_CAPTION_PROMPT
 from .picture import encode
 from .splits import draft
 
+MISMATCH = 6_000_000
+"""How many places further the picture of the ``mismatched`` stream stands in its split. Even, and a multiple of
+what takes turns in ``minimal_pairs``, so that the picture is that of another pair which differs in the same fact."""
+
 SKILL_SPLITS = ("train", "uniform", "text_skill")
 """Splits that have a ``text_skill`` stream."""
 
@@ -30,6 +34,9 @@ def sample(config: SceneConfig, seed: int, split: str, index: int, stream: str =
     * ``text_caption``: a caption without its picture, for a language model that is to learn the language.
     * ``text_skill``: as ``text``, about other scenes, with the kinds that ``train`` never asks about
     pictures.
+    * ``blind``: the questions of ``vqa`` alone, without picture or facts: what can be learnt of habits.
+    * ``mismatched``: ``vqa`` with the picture of another scene, :data:`MISMATCH` places further in the same split;
+      ``meta`` is about the scene that is asked about. What is learnt from it is to answer without looking.
 
     Args:
         config: settings.
@@ -66,15 +73,25 @@ def sample(config: SceneConfig, seed: int, split: str, index: int, stream: str =
     if stream in ("caption", "text_caption"):
         conversations = _caption(words, config, drawn, stream)
     else:
-        head = f"{IMAGE_MARK}\n" if stream == "vqa" else f"{describe_facts(words, drawn.scene)}\n"
-        conversations = _exchanges(config, drawn, head)
-    pictures = [encode(drawn.scene.picture, config)] if stream in ("vqa", "caption") else []
+        conversations = _exchanges(config, drawn, _head(words, drawn, stream))
+    pictures = []
+    if stream in ("vqa", "caption"):
+        pictures = [encode(drawn.scene.picture, config)]
+    elif stream == "mismatched":
+        pictures = [encode(draft(config, seed, split, index + MISMATCH).scene.picture, config)]
     return {
         "id": f"scenes/{split}/{seed}/{index:06d}",
         "conversations": conversations,
         "images": pack_images(pictures),
         "meta": _meta(config, seed, split, stream, drawn),
     }
+
+
+def _head(rng: random.Random, drawn: Draft, stream: str) -> str:
+    """What stands before the first question."""
+    if stream == "blind":
+        return ""
+    return f"{IMAGE_MARK if stream in ('vqa', 'mismatched') else describe_facts(rng, drawn.scene)}\n"
 
 
 def _exchanges(config: SceneConfig, drawn: Draft, head: str) -> list[dict[str, str]]:

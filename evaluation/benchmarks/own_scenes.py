@@ -68,7 +68,8 @@ def scenes(
         split: one or several of ``data.scenes.SPLITS``. ``[aligned, conflict]`` tells seeing from habit.
         samples: scenes of each split, or of the dataset. (A dataset may have fewer.)
         seed: of the scenes; a run's own training seed would show those of its training.
-        stream: one of ``data.scenes.STREAMS``; ``text`` has the facts in words in place of the picture.
+        stream: one of ``data.scenes.STREAMS``; ``text`` has the facts in words in place of the picture, ``blind``
+            has neither, ``mismatched`` another scene's picture.
         ask: kinds of questions that are asked; default: all.
         mode: ``generate`` or ``rank`` (among the answers of the sort that is asked for: ``SORTS``).
         max_new_tokens, limit: see :func:`.yes_no.pope`.
@@ -119,7 +120,7 @@ def scenes(
 
 
 def _group(split: str, stream: str) -> str:
-    if stream in ("text", "text_caption", "text_skill"):
+    if stream in ("text", "text_caption", "text_skill", "blind"):
         return "text_only"
     return "captioning" if stream == "caption" else GROUPS_OF.get(split, "2d")
 

@@ -24,6 +24,8 @@ from opsin.data.scenes import (
     vocabulary,
 )
 from opsin.data.scenes.language import tokens
+from opsin.data.scenes.picture import encode
+from opsin.data.scenes.records import MISMATCH
 from opsin.data.schema import COLUMNS, IMAGE_MARK, unpack_images
 from opsin.data.sentences import SentenceCounts
 from opsin.models.errors import UserError
@@ -36,6 +38,17 @@ CASES = [
     if stream != "text_skill" or split in SKILL_SPLITS
 ]
 SKILLS = ("two_hop", "negated_count")
+
+
+PICTURED = ("vqa", "caption", "mismatched")
+GOLDEN = {
+    # sha1 of ids, texts and facts of samples 0 .. 5 of every split, seed 5, when there were five streams
+    "vqa": "7d7bd96b0e7a4d9b",
+    "caption": "102c593b871f8b3c",
+    "text": "3844ff05435c21da",
+    "text_caption": "6015133dc57f9710",
+    "text_skill": "7e74ed3e947e4f6f",
+}
 
 
 def digest(config: SceneConfig, cases: list[tuple[str, str, int]]) -> dict[str, str]:
@@ -67,6 +80,38 @@ def test_records_depend_on_nothing_but_their_arguments():
     assert json.loads(done.stdout).items() <= here.items()
 
 
+@pytest.mark.parametrize("stream", GOLDEN)
+def test_what_was_written_once_is_written_again(stream):
+    config, found = SceneConfig(caption_prompts=CAPTION_PROMPTS), sha1()
+    for split in [split for split, of in CASES if of == stream]:
+        for index in range(6):
+            record = sample(config, 5, split, index, stream)
+            found.update(json.dumps([record["id"], record["conversations"], record["meta"]]).encode())
+            if stream in PICTURED:  # its bytes are the encoder's; what is drawn is the scene
+                drawn = encode(scene(config, 5, split, index).picture, config)
+                assert unpack_images(record["images"]) == [drawn]
+    assert found.hexdigest()[:16] == GOLDEN[stream]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_blind_is_vqa_without_a_picture_and_mismatched_with_that_of_another_scene(split):
+    config = SceneConfig()
+    for index in range(12):
+        vqa, blind, other = (sample(config, 5, split, index, s) for s in ("vqa", "blind", "mismatched"))
+        assert vqa["meta"] | {"stream": "blind"} == blind["meta"]
+        assert vqa["meta"] | {"stream": "mismatched"} == other["meta"]
+        assert other["conversations"] == vqa["conversations"]
+        first, *rest = vqa["conversations"]
+        assert blind["conversations"] == [
+            {**first, "value": first["value"].removeprefix(f"{IMAGE_MARK}\n")},
+            *rest,
+        ]
+        assert unpack_images(blind["images"]) == []
+        far = sample(config, 5, split, index + MISMATCH, "vqa")
+        assert other["images"] == far["images"] != vqa["images"]
+        assert far["meta"]["fact"] == vqa["meta"]["fact"]
+
+
 def test_seed_split_and_world_change_the_scene():
     config = SceneConfig()
     base = sample(config, 5, "train", 0)["meta"]["objects"]
@@ -86,7 +131,7 @@ def test_records_have_the_form_of_the_schema(split, stream):
         assert json.loads(json.dumps(meta)) == meta
         assert [t["from"] for t in talk] == ["human", "gpt"] * (len(talk) // 2)
         assert len(meta["kinds"]) == len(meta["asked"]) == len(meta["prior"]) == len(talk) // 2 > 0
-        pictured = stream in ("vqa", "caption")
+        pictured = stream in PICTURED
         assert len(unpack_images(record["images"])) == pictured
         assert [IMAGE_MARK in t["value"] for t in talk] == [pictured] + [False] * (len(talk) - 1)
         assert talk[0]["value"].startswith(f"{IMAGE_MARK}\n") == pictured
