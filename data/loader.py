@@ -19,6 +19,7 @@ from .dataset_check import address_of
 from .encode import ConversationEncoder
 from .messages import GO_ON
 from .streaming import StreamingVLMDataset
+from .worker_process import set_up_worker
 
 _SILENT = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 _KILLED = re.compile(
@@ -86,6 +87,7 @@ def build_loader(
             "prefetch_factor": prefetch_factor,
             "persistent_workers": persistent_workers,
             "timeout": timeout,
+            "worker_init_fn": set_up_worker,
         }
     return VLMLoader(
         dataset,

@@ -1,13 +1,18 @@
-"""What is said about a worker that died, whichever of torch's errors comes first."""
+"""What is said about a worker that died, whichever of torch's errors comes first, and by one whose main process went."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import socket
 import time
+from multiprocessing import connection, process, reduction, resource_sharer
+from typing import Any
 
-from opsin.data.loader import lost_worker
+import pytest
+
+from opsin.data.loader import build_loader, lost_worker
 
 
 def test_a_killed_worker_is_told_as_killed_in_each_form_of_torchs_error() -> None:
@@ -30,3 +35,49 @@ def test_a_killed_worker_is_told_as_killed_in_each_form_of_torchs_error() -> Non
 def test_other_errors_are_not_about_workers() -> None:
     assert lost_worker(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert lost_worker(ValueError("DataLoader worker (pid 5) is killed by signal: Killed. ")) is None
+
+
+class Handles:
+    """What the thread that hands over tensors knows a worker's tensor by: its socket, and a key there."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        read, write = os.pipe()
+        os.close(write)
+        return resource_sharer.DupFd(read)._id  # type: ignore[attr-defined]
+
+
+def test_a_worker_is_silent_when_the_main_process_went_away_and_about_nothing_else(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    loader = build_loader(lambda samples: samples, Handles(), 4, num_workers=1, timeout=60)  # type: ignore[arg-type]
+    batches = iter(loader)
+    ids: Any = next(batches)
+    address = ids[0][0]
+    key = process.current_process().authkey
+
+    def served(
+        ident: tuple[str, int],
+    ) -> None:  # one client after the other, so all earlier ones were dealt with
+        with resource_sharer._resource_sharer.get_connection(ident) as client:  # type: ignore[attr-defined]
+            os.close(reduction.recv_handle(client))
+
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(address)  # left before it said who it is
+    with connection.Client(address, authkey=key):
+        pass  # left before it said what it wants
+    with (
+        connection.Client(address, authkey=key) as whole,
+        socket.socket(fileno=os.dup(whole.fileno())) as client,
+    ):
+        client.sendall(b"\0\0\1\0half")  # left in the middle of it
+    served(ids[1])
+    assert capfd.readouterr().err == ""
+    with connection.Client(address, authkey=key) as client:
+        client.send((10**6, os.getpid()))
+    served(ids[2])
+    said = capfd.readouterr().err
+    assert "Traceback" in said and "KeyError: 1000000" in said
+    del batches
