@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ...models.errors import UserError, nearest
 from ..config import checked, merged
 from ..provenance import Provenance
 from ..run_folder import refuse_name
+from .check_config import CheckConfig, PowerConfig, refuse_check, refuse_power
 
 ROLES = ("baseline", "factorial", "single", "control", "placebo", "positive")
 SUBSETS = ("singles", "pairs", "all")
@@ -51,7 +51,8 @@ class StudyConfig:
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
     every subset is a cell. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
-    was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm).
+    was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``check``: what must hold before
+    any cell is trained. ``power``: what is assumed about noise, for the plan.
     """
 
     name: str = "study"
@@ -64,7 +65,8 @@ class StudyConfig:
     evaluation: list[str] = field(default_factory=list)
     primary: EndpointConfig | None = None
     secondary: list[EndpointConfig] = field(default_factory=list)
-    check: dict[str, Any] = field(default_factory=dict)
+    check: CheckConfig | None = None
+    power: PowerConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,10 @@ def grid(config: StudyConfig) -> list[Cell]:
         given[name] = replace(cell, role="baseline") if name == BASELINE else cell
     if len(given) < 2:
         raise UserError("study: nothing is held against the baseline; give factorial: or cells:")
+    if config.check is not None:
+        refuse_check(config.check, given, config.primary is not None)
+    if config.power is not None:
+        refuse_power(config.power)
     toggles = sorted({m for cell in given.values() for m in cell.methods})
     return [_cell(config, name, cell, given, toggles) for name, cell in given.items()]
 
