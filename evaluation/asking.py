@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ..data.chat import BadConversation
 from ..data.encode import Rejected
+from ..data.schema import IMAGE_MARK
 from ..models.errors import UserError
 from .adapter import VLMAdapter
 from .ranks import on_all_ranks
@@ -45,6 +46,7 @@ def ask_suite(
     items: Sequence[Item],
     *,
     blind: bool = False,
+    blind_limit: int | None = None,
     even: bool = False,
     progress: Progress | None = None,
 ) -> Asked:
@@ -56,6 +58,7 @@ def ask_suite(
         suite: how it is asked and who scores it.
         items: its questions.
         blind: ask them a second time, each with the pictures of another one.
+        blind_limit: how many of the first ones; None: all.
         even: all ranks make equally many calls of the model (``ranks.on_all_ranks``); what cannot be asked raises.
         progress: called after each call of the model with (calls done, calls) of this rank.
 
@@ -71,7 +74,7 @@ def ask_suite(
     marked, scores = suite.scorer.score(ask(items))
     unseen = None
     if blind:
-        others = with_others_pictures(items)
+        others = with_others_pictures(items[:blind_limit])
         unseen = suite.scorer.score(ask(others))[1] if others else None
     return Asked(marked, scores, unseen, sum("error" in record for record in marked))
 
@@ -131,6 +134,8 @@ def _ask(
     if suite.mode == "generate":
         said = adapter.generate(samples, max_new_tokens=suite.max_new_tokens, **options)
         return [_line(suite, name, item, one[0]) for item, one in zip(items, said, strict=True)]
+    if suite.mode == "follow":
+        return _follow(adapter, name, suite, items, samples)
     found = adapter.answer_logprobs(samples, [[list(item.choices)] for item in items])
     lines = []
     for item, exchanges in zip(items, found, strict=True):
@@ -146,6 +151,55 @@ def _ask(
         best = max(ranked, key=lambda choice: ranked[choice]["sum"])
         lines.append(_line(suite, name, item, best, logprobs=ranked))
     return lines
+
+
+def _follow(
+    adapter: VLMAdapter, name: str, suite: Suite, items: list[Item], samples: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Right answers given word by word, questions about one picture in one row."""
+    joined = together(samples)
+    found = [one for sample in adapter.answer_logprobs(joined) for one in sample]
+    decode = adapter.collator.encoder.tokenizer.decode
+    lines = []
+    for item, (one,) in zip(items, found, strict=True):
+        if math.isnan(one.sum):
+            lines.append(_line(suite, name, item, "", error="its log-likelihood is not a number"))
+            continue
+        # What is likeliest is a word even where greedy decoding would have suppressed it (the image token).
+        said = decode(list(one.said), skip_special_tokens=True).strip()
+        lines.append(_line(suite, name, item, said, nll=-one.sum))
+    return lines
+
+
+def together(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Samples of one question each; those beside each other with the same pictures joined to one of independent questions.
+
+    Only where each of them reads the same alone: pictures in front, no system prompt of its own.
+    """
+    joined: list[dict[str, Any]] = []
+    for sample in samples:
+        last = joined[-1] if joined else None
+        user, answer = sample["conversations"][0], sample["conversations"][-1]
+        head = user["value"][: len(user["value"]) - len(user["value"].replace(f"{IMAGE_MARK}\n", ""))]
+        words = user["value"].removeprefix(head)
+        if (
+            last is not None
+            and head
+            and IMAGE_MARK not in words
+            and len(sample["conversations"]) == 2 == len(last["conversations"][:2])
+            and last["conversations"][0]["from"] == "human"
+            and last["conversations"][0]["value"].startswith(head)
+            and last["conversations"][0]["value"].count(IMAGE_MARK) == head.count(IMAGE_MARK)
+            and last["images"] == sample["images"]
+        ):
+            last["conversations"] += [{"from": "human", "value": words}, answer]
+            last["meta"]["kinds"] += sample["meta"]["kinds"]
+        else:
+            joined.append({
+                **sample, "conversations": list(sample["conversations"]),
+                "meta": {**sample["meta"], "kinds": list(sample["meta"]["kinds"])},
+            })  # fmt: skip
+    return joined
 
 
 def _line(suite: Suite, name: str, item: Item, output: str, **extra: Any) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class AnswerLogprob:
         end: log-likelihood of what ends it, nats; None where the tokenizer has no token for the end alone.
         greedy: whether each of the tokens is the likeliest one after those before it.
         exact: whether the end is, too: greedy decoding gives this answer and nothing else.
+        said: ids of what greedy decoding begins with: the answer (and its end) as far as it agrees, then the first
+            token that it takes instead.
     """
 
     sum: float
@@ -40,6 +42,7 @@ class AnswerLogprob:
     end: float | None
     greedy: bool
     exact: bool
+    said: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -109,28 +112,41 @@ def score_rows(
         with model.net.autocast(), context:
             outputs = model.net(micro, Step(micro))
         found = torch.stack([-outputs["nll"], outputs["correct"].float()]).cpu().double()
-        for i, answers in zip(numbers, _summed(row, part, found, chosen), strict=True):
+        likeliest = outputs["likeliest"].tolist()
+        for i, answers in zip(numbers, _summed(row, part, found, likeliest, chosen), strict=True):
             scored[i] = answers
     return scored
 
 
 def _summed(
-    row: torch.Tensor, part: torch.Tensor, found: torch.Tensor, chosen: Sequence[CandidateRow]
+    row: torch.Tensor,
+    part: torch.Tensor,
+    found: torch.Tensor,
+    likeliest: list[int],
+    chosen: Sequence[CandidateRow],
 ) -> list[list[AnswerLogprob]]:
     """Sums of each part of each row. ``row``, ``part`` (n,); ``found`` (2, n): nats, and 1 where it is the likeliest."""
     parts = 2 * max(len(r.slots) for r in chosen)
     key = row * parts + part
     table = torch.zeros(3, len(chosen) * parts, dtype=torch.float64)
     table.index_add_(1, key, torch.cat([found, torch.ones(1, len(key), dtype=torch.float64)]))
-    nats, likeliest, count = table.unflatten(1, (len(chosen), parts)).tolist()
+    nats, agreed, count = table.unflatten(1, (len(chosen), parts)).tolist()
+    said: list[list[list[int]]] = [[[] for _ in one.slots] for one in chosen]
+    over: set[tuple[int, int]] = set()
+    for r, p, same, token in zip(row.tolist(), part.tolist(), found[1].tolist(), likeliest, strict=True):
+        if (r, p // 2) not in over:  # labels of a row are in the order of its tokens
+            said[r][p // 2].append(token)
+            if not same:
+                over.add((r, p // 2))
     return [
         [
             AnswerLogprob(
                 sum=nats[r][2 * s],
                 tokens=int(count[r][2 * s]),
                 end=nats[r][2 * s + 1] if count[r][2 * s + 1] else None,
-                greedy=likeliest[r][2 * s] == count[r][2 * s],
-                exact=likeliest[r][2 * s] + likeliest[r][2 * s + 1] == count[r][2 * s] + count[r][2 * s + 1],
+                greedy=agreed[r][2 * s] == count[r][2 * s],
+                exact=agreed[r][2 * s] + agreed[r][2 * s + 1] == count[r][2 * s] + count[r][2 * s + 1],
+                said=tuple(said[r][s]),
             )
             for s in range(len(one.slots))
         ]

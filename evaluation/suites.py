@@ -29,7 +29,10 @@ class Suite:
         group: one of ``GROUPS``.
         scorer: of the answers.
         load: reads the items; called once, on every rank, with the same result.
-        mode: ``generate`` (greedy words) or ``rank`` (the likeliest of ``Item.choices``).
+        mode: ``generate`` (greedy words), ``rank`` (the likeliest of ``Item.choices``) or ``follow``: the right answer is
+            given to the model word by word, and its output ends with the first word that it would have said instead. All
+            questions about a picture share one pass, so it is several times faster than ``generate``; whether an answer
+            is right is the same, an answer of one word, too. A prediction has its ``nll`` (nats).
         max_new_tokens: longest answer.
     """
 

@@ -107,8 +107,8 @@ class VisionLanguageNet(nn.Module):
 
         Returns:
             ``nll`` (n,) float32 negative log-likelihood in nats of each labelled token, in the order of
-            ``label_rows``; ``correct`` (n,) bool, only in evaluation mode: whether it is the likeliest token;
-            ``zero``: scalar 0 that keeps tower and projector in the graph when no row has a picture.
+            ``label_rows``; only in evaluation mode ``likeliest`` (n,) int64, the likeliest token there, and
+            ``correct`` (n,) bool, whether it is that one; ``zero``: scalar 0 that keeps tower and projector in the graph when no row has a picture.
         """
         with self.autocast():
             zero = self._idle_vision() if PIXEL_KEY not in batch else None
@@ -124,7 +124,8 @@ class VisionLanguageNet(nn.Module):
         targets = batch["label_targets"]
         outputs = {"nll": F.cross_entropy(logits, targets, reduction="none")}
         if not self.training:
-            outputs["correct"] = logits.argmax(-1) == targets
+            outputs["likeliest"] = logits.argmax(-1)
+            outputs["correct"] = outputs["likeliest"] == targets
         if zero is not None:
             outputs["zero"] = zero
         outputs.update({f"tap{layer}": value for layer, value in step.tapped.items()})

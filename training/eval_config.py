@@ -29,7 +29,8 @@ class SuitesConfig:
 
     ``suites``: name -> ``suite`` (registered; default: the name) and its keywords. ``analyses``: name -> ``analysis``
     (default: the name), ``data`` (a suite whose questions it looks at) and its keywords. ``limit``: questions of each suite.
-    ``blind``: also with another question's picture, the row that tells what looking is worth. ``fusion``: under ability
+    ``blind``: also with another question's picture, the row that tells what looking is worth,
+    and ``blind_limit`` how many of each suite's first questions that is. ``fusion``: under ability
     fusion. ``chat_template``, ``system_prompt``: where the model's own are not to be used. ``baseline``: a ``scores.json``
     that the report holds these scores against. ``wall``: pictures in the report. ``lmms``: tasks of lmms-eval.
     """
@@ -39,6 +40,7 @@ class SuitesConfig:
     batch_size: int = 16
     limit: int | None = None
     blind: bool = True
+    blind_limit: int | None = None
     fusion: Spec | None = None
     chat_template: str | None = None
     system_prompt: str | None = None
@@ -82,7 +84,7 @@ def load_suites(files: Sequence[str], arguments: Sequence[str] = ()) -> Wanted:
     provenance = Provenance()
     config = checked(SuitesConfig, merged(files, arguments, provenance), provenance)
     wanted = Wanted(config, {}, {}, {}, provenance)
-    for key, least in (("batch_size", 1), ("limit", 1), ("wall", 0)):
+    for key, least in (("batch_size", 1), ("limit", 1), ("blind_limit", 1), ("wall", 0)):
         value = getattr(config, key)
         if value is not None and value < least:
             raise UserError(f"{wanted.where(key)}: {value}: use {least} or more")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,17 @@ def _save(module: Any, out: Path, made_by: str) -> None:
     save_file(state, out, metadata={"made_by": made_by})
 
 
-def _texts(seed: int, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+def _texts(
+    seed: int, batch_size: int, streams: Sequence[str] = STREAMS, config: SceneConfig | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """Endless batches, streams in turn."""
-    config = SceneConfig()
+    config = SceneConfig() if config is None else config
     index = 0
     while True:
         chunk = []
         for _ in range(batch_size):
-            stream = STREAMS[index % len(STREAMS)]
-            split = "train" if stream == "text_skill" else "uniform"
+            stream = streams[index % len(streams)]
+            split = "train" if stream in ("text_skill", "blind") else "uniform"
             chunk.append(sample(config, SCENE_SEED + seed, split, index, stream))
             index += 1
         yield chunk

@@ -24,7 +24,7 @@ WORD_PROMPT = "Answer the question using a single word or phrase."
 NOTHING = ("", "nan")
 """An empty cell, and what pandas makes of one that it takes for text."""
 
-MODES = ("generate", "rank")
+MODES = ("generate", "rank", "follow")
 
 _NUMBERED = re.compile(r"<image ?(\d+)>")
 

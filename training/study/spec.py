@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ...models.errors import UserError, nearest
 from ..config import checked, merged
 from ..provenance import Provenance
 from ..run_folder import refuse_name
 from .check_config import CheckConfig, PowerConfig, refuse_check, refuse_power
+from .parts import check_parts, variables
 
 ROLES = ("baseline", "factorial", "single", "control", "placebo", "positive")
 SUBSETS = ("singles", "pairs", "all")
@@ -51,7 +53,8 @@ class StudyConfig:
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
     every subset is a cell. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
-    was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``check``: what must hold before
+    was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
+    share, trained before them (``part_kinds``); ``${variables.NAME}`` is the folder of part NAME. ``check``: what must hold before
     any cell is trained. ``power``: what is assumed about noise, for the plan.
     """
 
@@ -65,6 +68,7 @@ class StudyConfig:
     evaluation: list[str] = field(default_factory=list)
     primary: EndpointConfig | None = None
     secondary: list[EndpointConfig] = field(default_factory=list)
+    parts: dict[str, Any] = field(default_factory=dict)
     check: CheckConfig | None = None
     power: PowerConfig | None = None
 
@@ -162,6 +166,7 @@ def grid(config: StudyConfig) -> list[Cell]:
     Raises:
         UserError: an empty study, a name twice, or a reference to a cell that is not there.
     """
+    check_parts(config.parts)
     if not config.base:
         raise UserError("study: base: needs at least one YAML of a run")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
@@ -201,7 +206,7 @@ def _cell(
         name=name,
         methods=tuple(sorted(cell.methods)),
         files=(*config.base, *cell.files),
-        arguments=(*config.set, *on, *cell.set),
+        arguments=(*variables(config.parts), *config.set, *on, *cell.set),
         role=cell.role,
         seeds=tuple(config.seeds[: cell.seeds]),
         placebo_of=cell.placebo_of,
