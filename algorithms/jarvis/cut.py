@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..partners import FOUND, PATCHES, partners
 from .functional import on_tokens
 from .sampler import BLOCKS, CONTEXT
 
@@ -13,31 +14,44 @@ CODE, WEIGHT = "patch/jarvis", "patch/jarvis_weight"
 """Keys of a batch: codes (P,) int16 and weights in the loss (P,) float32 of all patches."""
 
 
-def cut(part: dict[str, Any], *, branch: bool, see_pretext: bool) -> dict[str, Any]:
+def cut(part: dict[str, Any], *, branch: bool, see_pretext: bool, shuffle: bool = False) -> dict[str, Any]:
     """Indexes of a micro-batch.
 
     Args:
         part: the micro-batch, on the CPU, with :data:`CODE` and :data:`WEIGHT`.
         branch: masked views run alone: also list their tokens.
         see_pretext: ... with what precedes them in their document.
+        shuffle: hold views against others (``algorithms.partners``); those for which there is none are left as they are.
 
     Returns:
         ``jarvis/views`` (tuple of ordinals of views with targets), ``jarvis/targets`` (n,) int64 ordinals of target
-        patches, ``jarvis/among`` (n,) int64 their ordinals among the patches of those views alone, ``jarvis/weights``
-        (n,) float32; and with ``branch``: ``jarvis/branch`` (W, M) int64 positions into the flattened tokens, -1
+        patches, ``jarvis/sources`` (n,) int64 those whose features they are held against (the same, unless shuffled),
+        ``jarvis/teaching`` (tuple of ordinals of the sources' views), ``jarvis/among`` (n,) int64 the sources' ordinals
+        among the patches of those views alone, ``jarvis/weights`` (n,) float32; with ``shuffle`` codes and weights
+        without those of views that are alone; and with ``branch``: ``jarvis/branch`` (W, M) int64 positions into the flattened tokens, -1
         padding, ``jarvis/branch_code`` (W, M) int16, ``jarvis/branch_view`` (W, M) int64 ordinal of a token's view or -1,
         ``jarvis/branch_at`` (n,) int64 targets in the flattened (W * M).
     """
     code, weight, view = part[CODE], part[WEIGHT], part["patch_view"]
+    out: dict[str, Any] = {}
+    other: torch.Tensor | None = None
+    if shuffle:
+        found = partners(part)
+        paired, other = found[FOUND][view], found[PATCHES]
+        code, weight = torch.where(paired, code, 0), torch.where(paired, weight, 0.0)
+        out = {CODE: code, WEIGHT: weight}
     targets = (weight > 0).nonzero().squeeze(1)
-    views = torch.unique(view[targets])
+    sources = targets if other is None else other[targets]
+    views, teaching = torch.unique(view[targets]), torch.unique(view[sources])
     chosen = torch.zeros(len(part["view_row"]), dtype=torch.bool)
-    chosen[views] = True
+    chosen[teaching] = True
     among = chosen[view].cumsum(0) - 1
-    out = {
+    out |= {
         "jarvis/views": tuple(views.tolist()),
         "jarvis/targets": targets,
-        "jarvis/among": among[targets],
+        "jarvis/sources": sources,
+        "jarvis/teaching": tuple(teaching.tolist()),
+        "jarvis/among": among[sources],
         "jarvis/weights": weight[targets],
     }
     if branch:

@@ -23,6 +23,7 @@ from ...models.normalise import declare, term
 from ...models.randomness import keys, keys_of_views, uniform
 from ...models.step import Branch
 from ...models.vlm import VisionLanguageModel
+from ..partners import ALONE
 from ..predicts import PredictsTarget
 from .cut import CODE, WEIGHT, cut
 from .functional import (
@@ -78,6 +79,9 @@ class JARVIS(PredictsTarget):
         stored: features that the dataset brings along (``opsin data features``): ``auto`` takes them, ``required``
             stops without them, ``ignore`` computes them anyway.
         log_interval: steps between entries ``jarvis/...`` in the log.
+        shuffle_targets: predict the features of another picture of the micro-batch, the next one with the same grid of
+            patches. A placebo, no method: which picture that is depends on the micro-batch. A view without such a picture
+            is left as it is, as samples without masks are (and still counts in the mean and in ``jarvis/views_...``).
     """
 
     name: ClassVar[str] = "jarvis"
@@ -104,6 +108,7 @@ class JARVIS(PredictsTarget):
         lr: float | None = None,
         stored: str = "auto",
         log_interval: int = 10,
+        shuffle_targets: bool = False,
     ):
         check_options(
             {
@@ -127,6 +132,9 @@ class JARVIS(PredictsTarget):
         self.text_loss, self.stored, self.log_interval = text_loss, stored, log_interval
         self.ntp_probability, self.ntp_scope = float(ntp_probability), ntp_scope
         self.hide_unused, self.see_pretext = hide_unused, see_pretext
+        self.shuffle_targets = shuffle_targets
+        if shuffle_targets:
+            self.warns = ALONE  # type: ignore[misc]
         self.branch = text_loss == "unmasked" and self.masks is not None
         self.tap = layer or 0
         self._seed = 0
@@ -246,7 +254,8 @@ class JARVIS(PredictsTarget):
         Args:
             batch: on the CPU.
             step: of training.
-            always: mask every view, whatever ``ntp_probability`` says (to look at predictions; nothing is counted).
+            always: mask every view, whatever ``ntp_probability`` says, and hold it against itself (to look at predictions;
+                nothing is counted).
             seed: instead of the run's.
         """
         grid, seed = batch["view_grid"], self._seed if seed is None else seed
@@ -264,7 +273,12 @@ class JARVIS(PredictsTarget):
             code[used[view]] = drawn
             weight = target_weights(code, view, len(grid), self.weighting)
         batch[CODE], batch[WEIGHT] = code, weight
-        batch[CUT + self.name] = partial(cut, branch=self.branch, see_pretext=self.see_pretext)
+        batch[CUT + self.name] = partial(
+            cut,
+            branch=self.branch,
+            see_pretext=self.see_pretext,
+            shuffle=self.shuffle_targets and not always,
+        )
         if always:
             return  # else the log would tell of views that were not trained on
         masked = torch.zeros(len(grid), dtype=torch.bool).index_put_((view,), code != 0, accumulate=False)
@@ -356,14 +370,14 @@ class JARVIS(PredictsTarget):
         """Features at the targets, (n, C) float32: stored with the data, or computed now for views with targets."""
         stored = batch.get(COLUMN) if self._take_stored else None
         if stored is not None:
-            return stored[batch["jarvis/targets"]].float()
+            return stored[batch["jarvis/sources"]].float()
         return self.features(model, batch)[batch["jarvis/among"]]
 
     @torch.no_grad()
     def features(self, model: VisionLanguageModel, batch: dict[str, Any]) -> torch.Tensor:
-        """Target features of all patches of views with targets, (P', C) float32."""
+        """Target features of all patches of views that targets are taken from, (P', C) float32."""
         device = batch["patch_position"].device
-        views, grids = batch["jarvis/views"], batch["grids"]
+        views, grids = batch["jarvis/teaching"], batch["grids"]
         pictures = model.pictures(batch)
         with torch.autocast(device.type, enabled=False):
             target = self.placed_target(device)

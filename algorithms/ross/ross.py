@@ -20,6 +20,7 @@ from ...models.normalise import declare, term
 from ...models.randomness import keys_of_views
 from ...models.step import FINAL
 from ...models.vlm import VisionLanguageModel
+from ..partners import ALONE, FOUND, PATCHES, VIEWS, shuffle
 from ..predicts import PredictsTarget
 from .diffusion import TIMESTEPS, objective_named
 from .functional import (
@@ -75,6 +76,9 @@ class ROSS(PredictsTarget):
         min_visible: a view of which another method left fewer patches visible adds nothing.
         stored: targets that the dataset brings along (``opsin data latents``): ``auto`` takes them, ``required``
             stops without them, ``ignore`` computes them anyway.
+        shuffle_targets: reconstruct another picture of the micro-batch, the next one with the same grid of patches. A
+            placebo, no method: which picture that is depends on the micro-batch. A view without such a picture adds
+            nothing (and still counts as one).
     """
 
     name: ClassVar[str] = "ross"
@@ -99,6 +103,7 @@ class ROSS(PredictsTarget):
         letterbox: str = "reconstruct",
         min_visible: int = 10,
         stored: str = "auto",
+        shuffle_targets: bool = False,
     ):
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"algorithms.ross.weight: {weight}: use 0 (off) or more")
@@ -135,6 +140,9 @@ class ROSS(PredictsTarget):
             )
         self.draws, self.timesteps, self.detach, self.lr = draws, timesteps, detach, lr
         self.letterbox, self.min_visible, self.stored = letterbox, min_visible, stored
+        self.shuffle_targets = shuffle_targets
+        if shuffle_targets:
+            self.warns = ALONE  # type: ignore[misc]
         self._seed = 0
         self._shares = torch.empty(0)
 
@@ -203,6 +211,8 @@ class ROSS(PredictsTarget):
     def batch_start(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
         """Declare the number of views."""
         batch = state.batch
+        if self.shuffle_targets:
+            shuffle(batch)
         refused = batch["refused"][batch["view_row"], batch["view_document"]]
         declare(batch, self.name, (~refused).sum(), "views")
 
@@ -239,11 +249,15 @@ class ROSS(PredictsTarget):
         views, used = self.views(model, batch)
         condition = hidden.flatten(0, 1)[batch["patch_position"]]
         if self.objective.decoded:
-            target = self.placed_target(hidden.device)
-            loss = decoded_loss(head, condition, model.pictures(batch), grids, views, target)
+            target, pictures = self.placed_target(hidden.device), model.pictures(batch)
+            if self.shuffled(batch):
+                pictures = [pictures[i] for i in batch[VIEWS]]
+            loss = decoded_loss(head, condition, pictures, grids, views, target)
         else:
             key = self.keys(batch)
             target = self.targets(model, batch, views, key)
+            if self.shuffled(batch):
+                target = target[batch[PATCHES]]
             draws = None
             if self.objective.noisy:
                 draws = draw_noise(key, views, self.draws, self.built_target.dim, self.timesteps)
@@ -262,6 +276,8 @@ class ROSS(PredictsTarget):
             seen = seen.index_add(0, views.view, visible.long())
             patches = batch["view_grid"].prod(1)
             used = used & ((seen == patches) | (seen >= self.min_visible))
+        if self.shuffled(batch):
+            used = used & batch[FOUND]
         return views, used
 
     def keys(self, batch: dict[str, Any], seed: int | None = None) -> torch.Tensor:
@@ -281,6 +297,10 @@ class ROSS(PredictsTarget):
             target = self.built_target
             return target.draw(moments, posterior_noise(key, views, target.dim) if target.draws else None)
 
+    def shuffled(self, batch: dict[str, Any]) -> bool:
+        """Whether a micro-batch is held against other pictures: with ``shuffle_targets``, and only while training."""
+        return self.shuffle_targets and PATCHES in batch
+
     def _counted(self, batch: dict[str, Any], views: Views) -> torch.Tensor | None:
         counted = views.visible
         if self.letterbox == "mask":
@@ -288,6 +308,8 @@ class ROSS(PredictsTarget):
             x = box[:, 0] + (box[:, 2] - box[:, 0]) * (views.column + 0.5) / views.extent[:, 1]
             y = box[:, 1] + (box[:, 3] - box[:, 1]) * (views.row + 0.5) / views.extent[:, 0]
             inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+            if self.shuffled(batch):
+                inside = inside[batch[PATCHES]]
             counted = inside if counted is None else counted & inside
         return counted
 
