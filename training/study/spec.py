@@ -33,13 +33,14 @@ class CellConfig:
 
     ``methods``: those that are switched on (the base's own keywords are kept; all others of the study are off).
     ``files``: YAMLs merged over the base. ``set``: ``key=value`` after them. ``role``: see :data:`ROLES`.
-    ``placebo_of``: the cell whose effect this one must not have. ``matched_to``: the cell that it is held against, in place of
+    ``evaluation``: YAMLs and ``key=value`` of ``opsin eval`` after the study's (``fusion.strength=0.35``). ``placebo_of``: the cell whose effect this one must not have. ``matched_to``: the cell that it is held against, in place of
     the baseline. ``seeds``: fewer than the study's, from the first. ``tries``: settings tried on development seeds.
     """
 
     methods: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     set: list[str] = field(default_factory=list)
+    evaluation: list[str] = field(default_factory=list)
     role: str = "single"
     placebo_of: str | None = None
     matched_to: str | None = None
@@ -52,7 +53,7 @@ class StudyConfig:
     """A study's YAML.
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
-    every subset is a cell. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
+    every subset is a cell. ``along``: method -> YAMLs and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
     was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
     share, trained before them (``part_kinds``); ``${variables.NAME}`` is the folder of part NAME. ``check``: what must hold before
     any cell is trained. ``power``: what is assumed about noise, for the plan.
@@ -63,6 +64,7 @@ class StudyConfig:
     base: list[str] = field(default_factory=list)
     set: list[str] = field(default_factory=list)
     factorial: list[str] = field(default_factory=list)
+    along: dict[str, list[str]] = field(default_factory=dict)
     cells: dict[str, CellConfig] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [17, 18, 19])
     evaluation: list[str] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Cell:
         arguments: ``key=value``, toggles of all methods of the study among them.
         role, placebo_of, matched_to, tries: see :class:`CellConfig`.
         seeds: of its runs.
+        evaluation: YAMLs and ``key=value`` of ``opsin eval``, those of the study first.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Cell:
     placebo_of: str | None = None
     matched_to: str | None = None
     tries: int = 1
+    evaluation: tuple[str, ...] = ()
 
 
 def load_study(files: Sequence[str], arguments: Sequence[str] = ()) -> StudyConfig:
@@ -185,6 +189,10 @@ def grid(config: StudyConfig) -> list[Cell]:
         refuse_check(config.check, given, config.primary is not None)
     if config.power is not None:
         refuse_power(config.power)
+    for method in config.along:
+        known = {m for cell in given.values() for m in cell.methods}
+        if method not in known:
+            raise UserError(f"study: along.{method}: no cell has it{nearest(method, known)}")
     toggles = sorted({m for cell in given.values() for m in cell.methods})
     return [_cell(config, name, cell, given, toggles) for name, cell in given.items()]
 
@@ -201,15 +209,17 @@ def _cell(
             raise UserError(f"study: cells.{name}.{key}: no other cell '{other}'{nearest(other, given)}")
     if cell.seeds is not None and not 1 <= cell.seeds <= len(config.seeds):
         raise UserError(f"study: cells.{name}.seeds: {cell.seeds}: the study has {len(config.seeds)}")
+    along = [given for method in sorted(cell.methods) for given in config.along.get(method, ())]
     on = [f"algorithms.{m}={'true' if m in cell.methods else 'false'}" for m in toggles]
     return Cell(
         name=name,
         methods=tuple(sorted(cell.methods)),
-        files=(*config.base, *cell.files),
-        arguments=(*variables(config.parts), *config.set, *on, *cell.set),
+        files=(*config.base, *(g for g in along if "=" not in g), *cell.files),
+        arguments=(*variables(config.parts), *config.set, *on, *(g for g in along if "=" in g), *cell.set),
         role=cell.role,
         seeds=tuple(config.seeds[: cell.seeds]),
         placebo_of=cell.placebo_of,
         matched_to=cell.matched_to,
         tries=cell.tries,
+        evaluation=(*config.evaluation, *cell.evaluation),
     )
