@@ -17,6 +17,7 @@ from ..data.scenes.facts import SceneObject, place
 from ..models.errors import UserError
 from ..models.geometry import PIXEL_KEY
 from ..models.step import Step
+from ..models.targets import Target
 from ..models.vlm import VisionLanguageModel
 from .attention_reading import query_rows
 from .patch_cover import covered, patch_boxes, patch_rows, shares
@@ -63,6 +64,7 @@ def features(
     collator: VLMCollator,
     part: Sequence[tuple[int, Mapping[str, Any]]],
     layers: Sequence[int],
+    targets: Mapping[str, Target] = {},
 ) -> dict[str, Population] | None:
     """One forward pass about some numbered scenes (stored form, one picture each); None: none of them can be used.
 
@@ -71,6 +73,7 @@ def features(
         collator: its encoder is used.
         part: (number, sample).
         layers: of the decoder, 1 .. N.
+        targets: site -> what a method predicts of the same patches (of a posterior, the mean), on the model's device.
     """
     documents = [_document(collator, sample) for _, sample in part]
     plain = VLMCollator(collator.encoder, pad_to_multiple_of=collator.pad_to_multiple_of)
@@ -80,6 +83,9 @@ def features(
     tokens, hidden = tapped(model, to_device(micro, next(model.parameters()).device), layers)
     if PIXEL_KEY not in micro:
         return None
+    with torch.no_grad():
+        for site, target in targets.items():
+            tokens[site] = target.moments(model.pictures(micro), micro["grids"])[:, : target.dim]
     patches, (row, _) = patch_boxes(micro), patch_rows(micro)
     shown = [i for i, document in enumerate(documents) if document is not None]
     whole = (row == torch.tensor(shown)[:, None]).double()

@@ -14,7 +14,7 @@ does not read may be there in another form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from ..data.collate import VLMCollator
 from ..data.scenes import SceneConfig, sample
 from ..models.errors import UserError
+from ..models.targets import Target
 from ..models.vlm import VisionLanguageModel
 from .line_plot import Panel, Series, line_plot
 from .linear_probe import Reading, read
@@ -133,6 +134,8 @@ def probes(
     layers: Sequence[int] | None = None,
     held_out: float = 0.25,
     batch_size: int = 8,
+    targets: Mapping[str, Target] = {},
+    only: Collection[tuple[str, str, str]] | None = None,
 ) -> Probes:
     """Fit all probes. Every rank calls this, and gets the same.
 
@@ -143,6 +146,8 @@ def probes(
         layers: of the decoder, 1 .. N; default: all.
         held_out: share of the scenes (the last ones) that probes are scored on.
         batch_size: pictures a forward pass.
+        targets: further sites by name: what methods predict of the same patches, as the tower saw them.
+        only: (tokens, attribute, site) of the probes that are wanted; default: all that can be fitted.
 
     Raises:
         UserError: no such layer, or too few scenes to fit and to score.
@@ -155,12 +160,16 @@ def probes(
         raise UserError(f"layers: {wrong[0]}: this model has layers 1 to {count}")
     if not 0 < held_out < 1:
         raise UserError(f"held_out: {held_out}: a share between 0 and 1")
-    mode = model.training
+    mode, device = model.training, next(model.parameters()).device
+    placed = {site: target.to(device) for site, target in targets.items()}
     model.eval()
     try:
         numbered = list(enumerate(samples))
         parts = on_all_ranks(
-            numbered, lambda part: [features(model, collator, part, chosen)], batch_size, even=True
+            numbered,
+            lambda part: [features(model, collator, part, chosen, placed)],
+            batch_size,
+            even=True,
         )
     finally:
         model.train(mode)
@@ -174,12 +183,12 @@ def probes(
             f"and {scored} to score are too few"
         )
     border = int(scenes[len(scenes) - scored])
-    device = next(model.parameters()).device
     jobs = [
         (tokens, attribute, site)
         for tokens, population in found.items()
         for attribute in population.labels
         for site in population.features
+        if only is None or (tokens, attribute, site) in only
     ]
     read_outs = on_all_ranks(jobs, lambda part: [_read_out(found, *job, border, device) for job in part])
     known = tuple(r for r in read_outs if r is not None)

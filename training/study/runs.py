@@ -27,7 +27,7 @@ class Run:
     Attributes:
         cell, seed: what it is.
         root: folder of the study.
-        evaluation: YAMLs of ``opsin eval``.
+        evaluation: YAMLs and ``key=value`` of ``opsin eval``.
     """
 
     cell: Cell
@@ -76,7 +76,7 @@ def runs_of(config: StudyConfig, root: Path) -> list[Run]:
     """All runs, seed by seed, so that a study that is stopped early has whole seeds."""
     cells = grid(config)
     order = [(seed, cell) for seed in config.seeds for cell in cells if seed in cell.seeds]
-    return [Run(cell, seed, root, tuple(config.evaluation)) for seed, cell in order]
+    return [Run(cell, seed, root, cell.evaluation) for seed, cell in order]
 
 
 def identity(stages: Sequence[Stage], evaluation: str) -> str:
@@ -89,6 +89,7 @@ def same_as(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """Cells that equal another one by construction, whatever the data is: name -> (the other cell, why)."""
     ordinary = [r.cell for r in runs if r.cell.role in ("baseline", "factorial", "single")]
     by_methods = {(c.methods, c.files): c.name for c in ordinary}
+    named = {c.name: c for c in ordinary}
     found = {}
     for cell in {c.name: c for c in ordinary}.values():
         run = next(r for r in runs if r.cell is cell)
@@ -103,15 +104,22 @@ def same_as(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
             acting |= {m for m in built if m not in resting}
         idle = {m: why for m, why in idle.items() if m not in acting}
         other = by_methods.get((tuple(m for m in cell.methods if m not in idle), cell.files))
-        if idle and other is not None:
+        toggled = {f"algorithms.{m}=true" for m in idle}
+        if other is None or cell.evaluation != named[other].evaluation:
+            continue
+        if idle and set(cell.arguments) - set(named[other].arguments) <= toggled:
             found[cell.name] = (other, "; ".join(idle.values()))
     return found
 
 
 def write_study(
-    root: Path, config: StudyConfig, runs: Sequence[Run], told: dict[str, dict[str, Any]]
+    root: Path,
+    config: StudyConfig,
+    runs: Sequence[Run],
+    told: dict[str, dict[str, Any]],
+    check: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``study.json``, which reports read: every run with what became of it."""
+    """Write ``study.json``, which reports read: every run with what became of it, and the check before them."""
     entries = []
     for run in runs:
         cell = run.cell
@@ -129,6 +137,7 @@ def write_study(
         "primary": None if config.primary is None else vars(config.primary),
         "secondary": [vars(e) for e in config.secondary],
         "factors": config.factorial,
+        "check": check,
         "cells": entries,
     }
     root.mkdir(parents=True, exist_ok=True)
