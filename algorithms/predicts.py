@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from composer.core import State
+from torch import nn
 
 from ..data.patch_targets import LATENTS, use_stored
 from ..models.targets import Target
+from ..models.vlm import VisionLanguageModel
 from .base import VisionAlgorithm
 
 
@@ -35,6 +38,14 @@ class PredictsTarget(VisionAlgorithm):
     def takes_stored(self) -> bool:
         """Whether targets are taken from the data; known for certain when fitting has started."""
         return self._take_stored
+
+    def prepare(self, model: VisionLanguageModel, seed: int) -> Callable[[], nn.Module]:
+        """Build the target for a model; the function that makes the method's head for it.
+
+        Raises:
+            UserError: target, settings and model do not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.prepare")
 
     def set_target(self, target: Target) -> None:
         """A target has been built."""

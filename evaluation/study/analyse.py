@@ -87,6 +87,7 @@ def analysed(study: Study, read: Read) -> dict[str, Any]:
         "factors": list(study.factors),
         "primary": study.endpoints[0].key,
         "primary_fixed": fixed,
+        "check": study.check,
         "secondary": [one.key for one in study.secondary],
         "cells": {name: _cell(study, read, cell) for name, cell in study.cells.items()},
         "endpoints": results,
@@ -248,7 +249,7 @@ def _correct(study: Study, endpoints: list[Endpoint], results: dict[str, Any]) -
 
 def _alarms(study: Study, results: Mapping[str, Any], fixed: bool) -> list[str]:
     """What a reader must know before any verdict."""
-    found = []
+    found = [] if study.check is None else _of_check(study.check)
     seeds = [
         len(cell.runs)
         for cell in study.cells.values()
@@ -277,3 +278,19 @@ def _alarms(study: Study, results: Mapping[str, Any], fixed: bool) -> list[str]:
                 f"an effect at all."
             )
     return found
+
+
+def _of_check(check: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the check before the runs: nothing, if all of it holds."""
+    wrong = [line["key"] for line in check["lines"] if line["status"] == "FAILS"]
+    if check["status"] == "failed":
+        return [
+            f"The check before the runs fails: {', '.join(wrong)}. What the study rests on does not hold."
+        ]
+    if check["status"] == "left out" and wrong:
+        return [
+            f"The check before the runs was left out, after it had failed: {', '.join(wrong)}. What the study rests on does not hold."
+        ]
+    if check["status"] == "left out":
+        return ["The check before the runs was left out: whether what the study rests on holds is not known."]
+    return []

@@ -15,6 +15,7 @@ ROLES = ("baseline", "factorial", "single", "control", "placebo", "positive")
 METHOD_ROLES = ("factorial", "single")
 """Roles of cells that are judged as methods: they help only if they beat their placebos, too."""
 STATUSES = ("done", "missing", "failed", "identical")
+CHECKED = ("passed", "failed", "left out")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Study:
         secondary: those that are corrected for being several.
         factors: methods of the complete factorial; empty: there is none.
         cells: by name, sorted (the baseline first).
+        check: what was to hold before any cell was trained: ``status`` (one of ``CHECKED``) and ``lines``; None: none was asked.
     """
 
     folder: Path
@@ -102,6 +104,7 @@ class Study:
     secondary: tuple[Endpoint, ...]
     factors: tuple[str, ...]
     cells: Mapping[str, Cell]
+    check: Mapping[str, Any] | None = None
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -155,8 +158,18 @@ def _study(path: Path, found: Mapping[str, Any]) -> Study:
     if len(set(factors)) < len(factors):
         raise UserError(f"{path}: factors: name each once")
     return Study(
-        path.parent, str(found["name"]), str(found.get("question") or ""), baseline, primary, secondary, factors, cells
+        path.parent, str(found["name"]), str(found.get("question") or ""), baseline, primary, secondary, factors, cells,
+        _check(path, found.get("check")),
     )  # fmt: skip
+
+
+def _check(path: Path, found: Any) -> Mapping[str, Any] | None:
+    if found is None:
+        return None
+    if found["status"] not in CHECKED:
+        raise UserError(f"{path}: check: status '{found['status']}'{nearest(str(found['status']), CHECKED)}")
+    lines = [{**line, "key": str(line["key"]), "status": str(line["status"])} for line in found["lines"]]
+    return {"status": found["status"], "lines": lines}
 
 
 def _endpoint(found: Mapping[str, Any]) -> Endpoint:

@@ -14,6 +14,7 @@ from ..report.page import document
 from ..report.wall import Pictures, Wall
 from . import line_plots, tables, words
 from .analyse import analysed, write_analysis
+from .check_table import check_table
 from .disagreement import disagreement_wall
 from .folder import METHOD_ROLES, read_study
 from .forest import forest, legend
@@ -116,6 +117,7 @@ def _parts(found: Found, shown: Wall | None) -> list[tuple[str, str, list[Markup
         ("contribution", "Visual Contribution", [contribution] if contribution else []),
         ("curves", "Learning curves", [_about_curves(), tag("div", *curves, class_="plots curves")] if curves else []),
         ("reach", "What could be seen", [tables.room_table(found)]),
+        ("check", "Checked before", [check] if (check := check_table(found)) else []),
         ("runs", "Runs", [runs_table(found)]),
         ("wall", "Where cells disagree", [shown.html] if shown else []),
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ...models.errors import UserError, nearest
@@ -48,12 +48,11 @@ class BlindCheck:
     """A cell that was trained without looking, on a suite of questions with habitual answers.
 
     ``aligned``: least accuracy where habit is right: it can be learnt. ``conflict``: greatest accuracy where habit is wrong: there is
-    nothing else to go by. ``kind``: of questions; default: all.
+    nothing else to go by.
     """
 
     cell: str = ""
     suite: str = "conflict"
-    kind: str | None = None
     aligned: float | None = None
     conflict: float | None = None
 
@@ -152,12 +151,14 @@ def refuse_check(check: CheckConfig, cells: Collection[str], fixed: bool) -> Non
         raise UserError("study: check: asks nothing; give target, teacher, tower, blind or positive")
 
 
-def refuse_power(power: PowerConfig) -> None:
-    """Refuse assumptions that cannot be.
+def refuse_power(power: PowerConfig, fixed: bool) -> None:
+    """Refuse assumptions that cannot be; ``fixed``: whether the study names its primary endpoint, which they are about.
 
     Raises:
         UserError: in one line.
     """
+    if not fixed:
+        raise UserError("study: power: needs primary: the endpoint that it is about")
     for key in ("seed_sd", "disagreement"):
         value = getattr(power, key)
         if value is None:
@@ -174,7 +175,7 @@ def _known(key: str, cell: str, cells: Collection[str]) -> None:
         raise UserError(f"study: check.{key}: no cell '{cell}'{nearest(cell, cells)}")
 
 
-def _shares(key: str, asked: dict[str, float | None], section: str = "check.") -> None:
+def _shares(key: str, asked: Mapping[str, float | None], section: str = "check.") -> None:
     for name, value in asked.items():
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"study: {section}{key}.{name}: {value:g}: use a share from 0 to 1")

@@ -1,7 +1,8 @@
-"""``opsin ablate`` and ``opsin study run|plan``."""
+"""``opsin ablate`` and ``opsin study run|check``."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,9 @@ from ...models.errors import UserError, nearest
 from .spec import EndpointConfig, StudyConfig, load_study, of_toggles
 
 FAILED = 1
-"""Exit code when some runs failed: the report says which."""
+"""Exit code when some runs failed (the report says which), or a line of the check does not hold."""
+WIDE = 160
+"""Columns of what is written into a file or a pipe: a table must not be folded there."""
 
 study_app = typer.Typer(no_args_is_help=True, help="Studies: many runs, one question, one honest table.")
 
@@ -93,25 +96,62 @@ def run_(
     report: Annotated[
         bool, typer.Option("--report", help="Only write the report of what is there, anew.")
     ] = False,
+    without_check: Annotated[
+        bool, typer.Option("--without-check", help="Leave out the study's check; the report says so.")
+    ] = False,
 ) -> None:
     """Train what a study misses and report; stopped at any time, the same command goes on."""
     wanted = load_study([s for s in study if "=" not in s], [s for s in study if "=" in s])
-    _run(wanted, out, jobs, plan, report, trial)
+    _run(wanted, out, jobs, plan, report, trial, check=not without_check)
+
+
+@study_app.command("check")
+def check_(
+    study: Annotated[list[str], typer.Argument(help="YAML of a study, then key=value.")],
+    out: Out = None,
+    jobs: Jobs = None,
+) -> None:
+    """Probe a study's parts and train its controls: do they hold what the study rests on?"""
+    wanted = load_study([s for s in study if "=" not in s], [s for s in study if "=" in s])
+    from .. import compat
+    from . import study as work
+    from .audit import CheckFailed
+
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE)
+    compat.apply()
+    try:
+        work.check_study(wanted, out or Path("studies") / wanted.name, jobs=jobs, console=console)
+    except CheckFailed as error:
+        console.print(str(error), soft_wrap=True, highlight=False)
+        raise typer.Exit(FAILED) from None
 
 
 def _run(
-    wanted: StudyConfig, out: Path | None, jobs: int | None, plan: bool, report: bool, trial: bool
+    wanted: StudyConfig,
+    out: Path | None,
+    jobs: int | None,
+    plan: bool,
+    report: bool,
+    trial: bool,
+    check: bool = True,
 ) -> None:
     from .. import compat
     from . import study
+    from .audit import CheckFailed
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE)
     folder = out or Path("studies") / wanted.name
     if report:
         study.report(folder, console)
         return
     compat.apply()
-    failed = study.run_study(wanted, folder, jobs=jobs, plan_only=plan, console=console, trial=trial)
+    try:
+        failed = study.run_study(
+            wanted, folder, jobs=jobs, plan_only=plan, console=console, trial=trial, check=check
+        )
+    except CheckFailed as error:
+        console.print(f"{error}; --without-check goes on all the same", soft_wrap=True, highlight=False)
+        raise typer.Exit(FAILED) from None
     if failed:
         console.print(f"{failed} runs failed; the same command tries them again")
         raise typer.Exit(FAILED)

@@ -188,7 +188,7 @@ def grid(config: StudyConfig) -> list[Cell]:
     if config.check is not None:
         refuse_check(config.check, given, config.primary is not None)
     if config.power is not None:
-        refuse_power(config.power)
+        refuse_power(config.power, config.primary is not None)
     for method in config.along:
         known = {m for cell in given.values() for m in cell.methods}
         if method not in known:

@@ -17,8 +17,11 @@ from ..eval_config import load_suites
 from ..prepare import prepare
 from ..run_folder import refuse_unwritable
 from ..stages import resolve
+from .audit import CheckFailed, audit, for_study, refuse_unasked, verdict_of
 from .executor import Planned
+from .lines import failed
 from .parts import make_parts, missing_parts
+from .reach import reach
 from .runs import Run, identity, runs_of, same_as
 from .spec import StudyConfig
 from .trial import measure
@@ -35,6 +38,7 @@ def run_study(
     plan_only: bool,
     console: Console,
     trial: bool = False,
+    check: bool = True,
 ) -> int:
     """Train and evaluate all cells that are not done, write ``study.json``, ``ablation.json`` and ``report.html``.
 
@@ -45,12 +49,14 @@ def run_study(
         plan_only: only say what would be done.
         console: for the plan, progress and the verdicts.
         trial: train a few steps of every cell first, and say how long all of it will take.
+        check: make the study's ``check:`` first; else its report says that it was left out.
 
     Returns:
         How many runs failed.
 
     Raises:
         UserError: anything wrong in any cell, before the first one is trained.
+        CheckFailed: a line of the check does not hold; no cell was trained that the check does not need itself.
     """
     work = begin(config, out, jobs=jobs, console=console, here=not plan_only, made=trial or not plan_only)
     missing = work.missing()
@@ -59,10 +65,34 @@ def run_study(
         measure(missing, work.jobs, console)
     if plan_only:
         return 0
-    work.train(missing)
+    if config.check is not None:
+        lines = audit(work, config.check, keep_pictures) if check else None
+        work.check = for_study(work, config.check, lines)
+        work.write()
+        if lines is not None and failed(lines):
+            raise CheckFailed(verdict_of(lines))
+    work.train(work.missing())
     keep_pictures(work)
     report(out, console)
     return work.failed
+
+
+def check_study(config: StudyConfig, out: Path, *, jobs: int | None, console: Console) -> None:
+    """Only make the study's ``check:``, training the runs that it needs, which the study uses again.
+
+    Raises:
+        UserError: the study has none, or anything is wrong in any cell.
+        CheckFailed: a line does not hold.
+    """
+    if config.check is None:
+        raise UserError("study: check: is not given; name the lines that are to hold")
+    work = begin(config, out, jobs=jobs, console=console, here=True, made=True)
+    lines = audit(work, config.check, keep_pictures)
+    work.check = for_study(work, config.check, lines)
+    work.write()
+    if failed(lines):
+        raise CheckFailed(verdict_of(lines))
+    console.print(f"check: passed, lines asked: {len(lines)}")
 
 
 def begin(
@@ -101,7 +131,10 @@ def begin(
             prepare(loaded, console)
     plans = [planned(run, asked[run.evaluation]) for run in trained]
     count = jobs or torch.cuda.device_count() or (os.cpu_count() or 1)
-    return Work(config, out, runs, equal, plans, count, console)
+    work = Work(config, out, runs, equal, plans, count, console)
+    if config.check is not None and not waiting:
+        refuse_unasked(work, config.check)
+    return work
 
 
 def keep_pictures(work: Work) -> None:
@@ -146,6 +179,7 @@ def show_plan(work: Work, missing: Sequence[Planned]) -> None:
     console.print(
         f"{len(missing)} runs to do, {work.jobs} at a time; {len(stages)} stages to train ({used - len(stages)} are shared)"
     )
+    console.print(reach(work), soft_wrap=True, highlight=False)
 
 
 def report(out: Path, console: Console) -> None:
