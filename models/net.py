@@ -118,8 +118,12 @@ class VisionLanguageNet(nn.Module):
                 step.tapped[FINAL] = hidden
             for name in sorted(step.branches):
                 step.branched[name] = self._branch(batch, step, step.branches[name])
+            read = hidden.flatten(0, 1)[batch["label_rows"]]
+            if step.apart is not None:
+                apart = self._apart(batch, step).flatten(0, 1)[batch["label_rows"]]
+                read = torch.where(step.apart.labels[:, None], apart, read)
             step.embeddings = step.zero = None
-            logits = self.anatomy.head(self.hf, hidden.flatten(0, 1)[batch["label_rows"]])
+            logits = self.anatomy.head(self.hf, read)
         logits = logits.float()
         targets = batch["label_targets"]
         outputs = {"nll": F.cross_entropy(logits, targets, reduction="none")}
@@ -168,6 +172,24 @@ class VisionLanguageNet(nn.Module):
             )
         return wanted.tapped[branch.layers]
 
+    def _apart(self, batch: dict[str, Any], step: Step) -> torch.Tensor:
+        """The pass of ``step.apart``: hidden states after the final norm, (B, L, width)."""
+        assert step.apart is not None and step.embeddings is not None
+        decoder = self.anatomy.decoder(self.hf)
+        see = Step(batch, visibility=step.apart.visibility).sees(self.bidirectional_images)
+        mask: Any = batch["attention_mask"]
+        if see is not None:
+            self.anatomy.require("masks", MASKS_FOR)
+            mask = masks_for(see, decoder.config, step.embeddings.dtype)
+        out = decoder(
+            inputs_embeds=step.embeddings,
+            attention_mask=mask,
+            position_ids=batch["position_ids"],
+            use_cache=False,
+            return_dict=True,
+        )
+        return out.last_hidden_state
+
     @contextlib.contextmanager
     def _first_layers(self, count: int) -> Iterator[None]:
         """Run the decoder with its first layers only."""
@@ -201,7 +223,7 @@ class VisionLanguageNet(nn.Module):
             # Else, with a frozen language model, the ranks with pictures alone would differentiate its layers, and
             # FSDP2 gathers a layer's parameters again when it is.
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + step.zero.to(kwargs["inputs_embeds"].dtype)
-        if step.branches:
+        if step.branches or step.apart is not None:
             step.embeddings = kwargs["inputs_embeds"]
         kwargs["inputs_embeds"] = step.edited(kwargs["inputs_embeds"])
         see = step.sees(self.bidirectional_images)

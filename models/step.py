@@ -40,6 +40,22 @@ class Branch:
     edit: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Labelled tokens that are predicted in a pass of their own: the same tokens, seen by each other in another way.
+
+    What is learnt at them goes through that pass alone, what is learnt elsewhere through the ordinary one. It knows no
+    edits, taps or branches. n labelled tokens.
+
+    Attributes:
+        labels: (n,) bool, which of the micro-batch's labelled tokens.
+        visibility: attention terms in place of those set by methods; see ``attention.Visibility``.
+    """
+
+    labels: torch.Tensor
+    visibility: dict[str, torch.Tensor]
+
+
 @dataclass
 class Step:
     """One micro-batch on its way through the model. B rows, L tokens, D width.
@@ -54,7 +70,9 @@ class Step:
         tapped: layer -> (B, L, D) hidden states, filled by the forward pass.
         branches: method name -> a second pass; all ranks must ask for the same ones in every micro-batch.
         branched: method name -> (W, M, D) output of the branch's last layer, filled by the forward pass.
-        embeddings: (B, L, D) before all edits, while there are branches.
+        apart: labelled tokens with a pass of their own; all ranks must ask for it in every micro-batch, or none. None: no
+            such pass.
+        embeddings: (B, L, D) before all edits, while there are branches or a pass apart.
         zero: scalar 0 that depends on tower and projector, where no row has a picture; added to the embeddings.
     """
 
@@ -66,6 +84,7 @@ class Step:
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
     branches: dict[str, Branch] = field(default_factory=dict)
     branched: dict[str, torch.Tensor] = field(default_factory=dict)
+    apart: Apart | None = None
     embeddings: torch.Tensor | None = None
     zero: torch.Tensor | None = None
 

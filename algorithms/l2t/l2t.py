@@ -16,7 +16,7 @@ from ...data.batch import effective_weights
 from ...data.schema import Role
 from ...models.errors import UserError
 from ...models.normalise import declare, global_sum
-from ...models.step import Step
+from ...models.step import Apart, Step
 from ...models.teachers import Teacher
 from ...models.vlm import VisionLanguageModel
 from ..base import VisionAlgorithm
@@ -57,6 +57,8 @@ class L2T(VisionAlgorithm):
         token_weights: ``none``, or ``visual_relevance``: weigh each instruction token by what the picture
             tells about it (log p with minus without the picture), by a frozen copy of the initial model.
         relevance_clip: smallest and largest of these weights.
+        image_free: predict instructions in a second pass in which no text sees a picture, at the same places, weights and
+            Z; responses in the ordinary one. A control: what language alone gives. Twice the work of the language model.
         log_interval: batches between entries of ``l2t/loss_I``, ``l2t/loss_A`` ...
         report: JSON file for the templates in use and their counts.
     """
@@ -87,6 +89,7 @@ class L2T(VisionAlgorithm):
         max_removed: float = 0.5,
         token_weights: str = "none",
         relevance_clip: tuple[float, float] = (0.0, 1.0),
+        image_free: bool = False,
         log_interval: int = 1,
         report: str | None = None,
     ):
@@ -121,9 +124,12 @@ class L2T(VisionAlgorithm):
         )
         self.token_weights = token_weights
         self.relevance_clip = (float(relevance_clip[0]), float(relevance_clip[1]))
+        self.image_free = image_free
         self.log_interval = int(log_interval)
         if on_text_only:
             self.needs = frozenset()  # type: ignore[misc]
+        if image_free or token_weights != "none":  # both hide pictures from the text behind them
+            self.needs = self.needs | {"masks"}  # type: ignore[misc]
         if not on_text_only and lambda_response == 1:
             self.lives_on = {
                 "visual_instructions": "without on_text_only it learns instructions about pictures alone"
@@ -213,11 +219,16 @@ class L2T(VisionAlgorithm):
             ).float()
 
     def before_forward(self, model: VisionLanguageModel, state: State, logger: Logger) -> None:
-        """Weigh instruction tokens by what the picture tells the frozen model about them."""
-        if self._frozen is None:
+        """Send instruction tokens through a pass without pictures; weigh them by what the picture tells the frozen model."""
+        if self._frozen is None and not self.image_free:
             return
         batch = state.batch
         hidden = batch["image_ids"] >= 0
+        if self.image_free:
+            labels = batch["label_roles"] == Role.INSTRUCTION
+            model.step(batch).apart = Apart(labels, {"hidden": hidden})
+        if self._frozen is None:
+            return
         seen = self._frozen(batch, Step(batch))["nll"]
         blind = self._frozen(batch, Step(batch, visibility={"hidden": hidden}))["nll"]
         weight = visual_relevance(seen, blind, clip=self.relevance_clip)
