@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _fit(
     model: VisionLanguageModel,
     groups: list[dict[str, Any]],
     batches: Iterable[list[dict[str, Any]]],
-    collator: VLMCollator,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
     steps: int,
     console: Console,
 ) -> float:

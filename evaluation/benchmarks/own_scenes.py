@@ -41,6 +41,8 @@ GROUPS_OF = {
 
 KEPT = 64
 """Samples whose pictures are kept in memory."""
+SMALL = 96
+"""Pixels a side: scenes of this size and smaller are kept whole."""
 
 
 def scenes(
@@ -131,10 +133,21 @@ def _made(
     for start in range(0, samples, 2):
         for split in splits:
             for index in range(start, min(start + 2, samples)):
-                yield (
-                    sample(config, seed, split, index, stream),
-                    partial(_packed, config, seed, split, index, stream),
-                )
+                stored = _scene(config, seed, split, index, stream)
+                own = (config, seed, split, index, stream)
+                small = config.size <= SMALL
+                yield stored, (partial(stored.__getitem__, "images") if small else partial(_packed, *own))
+
+
+@lru_cache(20000)
+def _small_scene(config: SceneConfig, seed: int, split: str, index: int, stream: str) -> dict[str, Any]:
+    """A scene of a few kilobytes: a study asks each of its models about the same ones."""
+    return sample(config, seed, split, index, stream)
+
+
+def _scene(config: SceneConfig, seed: int, split: str, index: int, stream: str) -> dict[str, Any]:
+    made = _small_scene if config.size <= SMALL else sample
+    return made(config, seed, split, index, stream)
 
 
 @lru_cache(KEPT)

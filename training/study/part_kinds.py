@@ -13,6 +13,7 @@ All but the last are ordinary Hugging Face folders.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import time
@@ -40,8 +41,8 @@ _PICTURES = SceneConfig(objects=OBJECTS, sign=0.0, charts=0.0)
 
 
 def language_model(
-    out: Path, console: Console, *, steps: int = 300, seed: int = 0, start: str | None = "shipped", lr: float = 1e-3,
-    batch_size: int = 48,
+    out: Path, console: Console, *, steps: int = 150, seed: int = 0, start: str | None = "shipped", lr: float = 1e-3,
+    batch_size: int = 32,
 ) -> None:  # fmt: skip
     """Train a small Llama on text alone.
 
@@ -63,7 +64,16 @@ def language_model(
     decoder: Any = model.hf.model.language_model
     groups = [{"params": list(decoder.parameters()), "lr": lr, "weight_decay": 0.01}]
     texts = _texts(SCENE_SEED + seed, batch_size, streams=STREAMS, config=_PICTURES)
-    _fit(model, groups, texts, _collator(model, "vicuna_v1", packing=True), steps, console)
+    spoken, plain = (_collator(model, template, packing=True) for template in ("vicuna_v1", "plain"))
+    number = itertools.count()
+
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        # In the first stage captions stand alone, so it reads some that do.
+        if next(number) % 4 == 3:
+            return plain([s for s in samples if s["meta"]["stream"] == "text_caption"])
+        return spoken(samples)
+
+    _fit(model, groups, texts, collate, steps, console)
     with torch.random.fork_rng(devices=[]):
         whole: Any = LlamaForCausalLM(model.hf.config.text_config)
     whole.model.load_state_dict(decoder.state_dict())

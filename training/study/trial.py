@@ -110,7 +110,8 @@ def _asking(model: str, files: Sequence[str], out: Path) -> float:
     wanted = load_suites(files)
     items = {name: len(of) for name, of in read_items(wanted).items()}
     began = time.monotonic()
-    evaluate_model(model, files, [f"limit={ASKED}"], out, Console(quiet=True))
+    yamls, arguments = [f for f in files if "=" not in f], [f for f in files if "=" in f]
+    evaluate_model(model, yamls, [*arguments, f"limit={ASKED}"], out, Console(quiet=True))
     asked = sum(min(ASKED, n) for n in items.values())
     return (time.monotonic() - began) * sum(items.values()) / max(1, asked)
 

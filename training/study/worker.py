@@ -57,7 +57,9 @@ def perform(task: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     if task["evaluation"]:
         folder = Path(task["folder"])
-        evaluate_model(str(run.path), task["evaluation"], [], folder, console)
+        given = task["evaluation"]
+        files, arguments = [g for g in given if "=" not in g], [g for g in given if "=" in g]
+        evaluate_model(str(run.path), files, arguments, folder, console)
     spent = stage_costs(run.path)
     return {"cost": {**spent, "peak_bytes": peak, "evaluation_seconds": round(time.monotonic() - began, 1)}}
 
