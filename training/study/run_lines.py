@@ -105,11 +105,11 @@ def _positive(work: Work, check: PositiveCheck, tried: bool) -> Line:
             *head, "better", FAILS, why=f"{undone[0]}: {one.get('why') or one.get('status', 'missing')}"
         )
     try:
-        result = analyse(work.out)["endpoints"][endpoint.key]
-    except KeyError:
-        return Line(*head, "better", FAILS, why=f"no run was asked {primary.suite}")
+        result = analyse(work.out)["endpoints"].get(endpoint.key)
     except UserError as error:
         return Line(*head, "better", FAILS, why=str(error))
+    if result is None:
+        return Line(*head, "better", FAILS, why=f"no run was asked {primary.suite}")
     better, row = result["better"], result["cells"][cell.name]
     gap, level = row["difference"], result["cells"][against]["level"]
     beside = {} if not level or level["value"] is None else {against: level["value"]}
