@@ -27,7 +27,7 @@ from opsin.training.study.work import Work
 import runs
 import studies
 
-PICTURES = {"samples": 20, "seed": 18, "objects": [2, 2], "charts": 0, "sign": 0}
+PICTURES = {"samples": 60, "seed": 18, "objects": [2, 2], "charts": 0, "sign": 0}
 SUITES = {
     "batch_size": 64,
     "blind": False,
