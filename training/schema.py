@@ -162,6 +162,7 @@ class RunConfig(StageConfig):
     stage: str = "instruct"
     stages: dict[str, StageConfig] = field(default_factory=dict)
     reuse_stages: bool = True
+    reuse_last_stage: bool = False
     model: Spec = field(default_factory=dict)
     algorithms: dict[str, Spec] = field(default_factory=dict)
     callbacks: dict[str, Spec] = field(default_factory=dict)

@@ -271,7 +271,7 @@ def train_stage(
             restore.saved, trainer._rng_state = trainer._rng_state, None
         if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
             trainer.fit()
-        steps = int(trainer.state.timestamp.batch)
+        steps, tokens = int(trainer.state.timestamp.batch), int(trainer.state.timestamp.token)
         export_model(
             model,
             stage_folder / MODEL_FOLDER,
@@ -282,9 +282,8 @@ def train_stage(
     finally:
         trainer.close()
     if dist.get_global_rank() == 0:
-        folder.mark_finished(
-            stage, stage_folder / MODEL_FOLDER, steps=steps, seconds=round(time.time() - started, 1)
-        )
+        spent = round(time.time() - started, 1)
+        folder.mark_finished(stage, stage_folder / MODEL_FOLDER, steps=steps, tokens=tokens, seconds=spent)
     dist.barrier()
     finished = Finished(model, stage_folder / MODEL_FOLDER, steps, time.time() - started)
     del trainer, spec, dataset

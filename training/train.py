@@ -27,7 +27,8 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
     """Run all stages of a configuration; every rank calls this.
 
     Finished stages are skipped; a stage before the last that another run of the same folder has finished with
-    the same settings, data and start is taken from there (``reuse_stages``).
+    the same settings, data and start is taken from there (``reuse_stages``;
+    the last one with ``reuse_last_stage`` alone: a run under a new name is meant to be trained).
 
     Returns:
         The run's folder.
@@ -61,7 +62,7 @@ def train(loaded: Loaded, console: Console | None = None) -> RunFolder:
     done: dict[str, Any] = {}
     for stage in stages:
         model = folder.finished(stage)
-        if model is None and run.reuse_stages and stage is not stages[-1]:
+        if model is None and run.reuse_stages and (run.reuse_last_stage or stage is not stages[-1]):
             model = folder.shared(stage)
             if model is not None:
                 console.print(f"stage {stage.name}: taken from {model} (same settings, data and start)")

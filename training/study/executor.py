@@ -41,11 +41,11 @@ class _Board:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def take(self) -> Planned | None:
-        """The first run whose shared stages nobody else is making now; waits for one; None: there is none left."""
+        """The first run none of whose stages somebody else is making now; waits for one; None: there is none left."""
         with self.changed:
             while self.waiting:
                 for planned in self.waiting:
-                    shared = [s.identity for s in planned.stages[:-1] if s.identity not in self.made]
+                    shared = [s.identity for s in planned.stages if s.identity not in self.made]
                     if any(s in self.making for s in shared):
                         continue
                     self.waiting.remove(planned)
@@ -57,7 +57,7 @@ class _Board:
     def give(self, planned: Planned, answer: dict[str, Any]) -> None:
         """A run ended; its stages are there for others, if it got so far."""
         with self.changed:
-            for stage in planned.stages[:-1]:
+            for stage in planned.stages:
                 if self.making.get(stage.identity) == planned.run.name:
                     del self.making[stage.identity]
                     if finished(planned.run, stage):
@@ -98,7 +98,7 @@ def execute(
         told: called with every run that ended and its record, one at a time.
         environments: of the processes in turn (which GPU, how many threads).
     """
-    made = {s.identity for p in plans for s in p.stages[:-1] if finished(p.run, s)}
+    made = {s.identity for p in plans for s in p.stages if finished(p.run, s)}
     board = _Board(list(plans), told, made=made)
     threads = [
         threading.Thread(target=_drive, args=(board, environments[i % len(environments)]), daemon=True)

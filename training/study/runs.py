@@ -51,6 +51,7 @@ class Run:
         own = [f"seed={self.seed}", f"run_name={self.name}", f"run_root={self.root / RUNS}"]
         quiet = [
             "progress_bar=false",
+            "reuse_last_stage=true",  # cells that differ in how they are asked
             "callbacks.speed_monitor.window_size=10",
         ]  # which tells what a step costs
         return [*self.cell.arguments, *own, *quiet]

@@ -66,14 +66,16 @@ def perform(task: dict[str, Any]) -> dict[str, Any]:
 
 def stage_costs(run: Path) -> dict[str, Any]:
     """Steps and seconds of a finished run's stages; one that was taken from another run counts with what it cost there."""
-    steps, seconds = 0, 0.0
+    steps, seconds, tokens = 0, 0.0, 0
     for name in json.loads((run / "stages.json").read_text()):
         done = json.loads((run / "stages" / name / "done.json").read_text())
         while "steps" not in done and "taken_from" in done:
             done = json.loads((Path(done["taken_from"]).parent / "done.json").read_text())
-        last = (int(done.get("steps", 0)), float(done.get("seconds", 0.0)))
-        steps, seconds = steps + last[0], seconds + last[1]
-    return {"steps": steps, "seconds": round(seconds, 1), "seconds_a_step": _median_step(run)}
+        steps += int(done.get("steps", 0))
+        tokens += int(done.get("tokens", 0))
+        seconds += float(done.get("seconds", 0.0))
+    spent = {"steps": steps, "tokens": tokens, "seconds": round(seconds, 1)}
+    return {**spent, "seconds_a_step": _median_step(run)}
 
 
 def _median_step(run: Path) -> float | None:
