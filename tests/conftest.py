@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from ranks import RankPool
+from spread import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401  (hooks)
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +32,8 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[RankPool]:
-    """Four ranks, forked from one process at first use and kept alive."""
-    pool = RankPool(4, forked=True)
+    """Four ranks, started at first use and kept alive."""
+    pool = RankPool(4)
     yield pool
     pool.close()
 

@@ -1,4 +1,4 @@
-"""A pool of two kept-alive ranks (gloo, CPU) that serves all tests: starting processes is what costs.
+"""A pool of two kept-alive ranks (gloo, CPU) that serves all tests: starting is what costs, so they are forked (``forks``).
 
     pool.run("opsin_jobs:train", algorithms=[...])  ->  [result of rank 0, result of rank 1]
 
@@ -9,16 +9,14 @@ processes that this module started itself.
 from __future__ import annotations
 
 import importlib
-import multiprocessing as mp
 import os
 import socket
 import sys
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-TESTS = str(Path(__file__).parent)
+import forks
 
 
 def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
@@ -36,7 +34,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
             "TOKENIZERS_PARALLELISM": "false",
         }
     )
-    sys.path.insert(0, TESTS)
+    sys.path.insert(0, forks.TESTS)
     import torch
 
     torch.set_num_threads(1)
@@ -62,11 +60,10 @@ class RankPool:
 
     Args:
         world: how many.
-        forked: from one process that has imported all (a fork server), which costs one start instead of ``world``.
     """
 
-    def __init__(self, world: int = 2, *, forked: bool = False):
-        self.world, self.forked = world, forked
+    def __init__(self, world: int = 2):
+        self.world = world
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -74,11 +71,7 @@ class RankPool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context: Any = mp.get_context("spawn")
-        if self.forked:
-            context = mp.get_context("forkserver")
-            context.set_forkserver_preload(["jobs", "methods"])
-            self._start_server()
+        context = forks.context()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
@@ -90,21 +83,6 @@ class RankPool:
                 self.close()
                 raise RuntimeError("the ranks did not start within 180 s")
             assert pipe.recv() == "ready"
-
-    @staticmethod
-    def _start_server() -> None:
-        """Start the server with the path that its imports need (Python 3.11 does not give it ours, and says nothing)."""
-        from multiprocessing.forkserver import ensure_running
-
-        path = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
-        wanted = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
-            ensure_running()
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
     def run(self, job: str, timeout: float = 120, **kwargs: Any) -> list[Any]:
         """Run a job on all ranks; results in the order of ranks. A rank's error or silence ends the pool."""

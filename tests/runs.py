@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,8 @@ import yaml
 
 from opsin.training import cli
 from opsin.training.config import Loaded, load
+
+import forks
 
 SMALL: dict[str, Any] = {
     "run_name": "small",
@@ -73,22 +71,12 @@ def losses(folder: Path) -> list[float]:
 
 def killed(config: str, folder: Path, lines: int) -> None:
     """Start a run and kill it (SIGKILL, workers too) when it has logged so many steps."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "opsin.training.cli", "train", config],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    command = forks.Command(["train", config])
     metrics = folder / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 240
-        while not metrics.is_file() or len(metrics.read_text().splitlines()) < lines:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        forks.when(command, lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= lines)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        command.kill()
 
 
 def typed(

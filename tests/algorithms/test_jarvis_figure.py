@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +82,12 @@ def test_a_panel_is_drawn_cell_by_cell() -> None:
     assert (cells == colours[:, None]).all(-1).tolist() == made.tolist()
 
 
-def test_the_command_writes_the_committed_picture_again(tmp_path: Path) -> None:
+def test_the_command_writes_the_committed_picture_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "again.png"
-    subprocess.run([sys.executable, "-m", "opsin.algorithms.jarvis.figure", str(out)], check=True)
+    monkeypatch.setattr("sys.argv", ["figure", str(out)])
+    runpy.run_module(figure.__name__, run_name="__main__")
     with Image.open(out) as again, Image.open(COMMITTED) as committed:
         assert np.array_equal(np.asarray(again), np.asarray(committed))
     assert COMMITTED.stat().st_size < 60_000

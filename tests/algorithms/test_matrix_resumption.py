@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from opsin.training.config import load
 from opsin.training.metrics_file import read_metrics
 from opsin.training.train import train
 
+import forks
 import runs
 
 STEPS = 10
@@ -67,31 +64,23 @@ def snapshots(config: str, folder: Path, to: Path, steps: tuple[int, ...]) -> li
 
     At the others the process is stopped while its files are copied: a kill keeps what was written, and nothing else.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "opsin.training.cli", "train", config],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    command = forks.Command(["train", config])
     metrics, made = folder / "metrics.jsonl", []
     try:
         for step in steps:
-            deadline = time.monotonic() + 240
-            while not metrics.is_file() or len(metrics.read_text().splitlines()) < step:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
+            forks.when(
+                command,
+                lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= step,  # noqa: B023
+            )
             last = step == steps[-1]
-            os.killpg(process.pid, signal.SIGKILL if last else signal.SIGSTOP)
-            if last:
-                process.wait(30)
+            command.kill() if last else command.signal(signal.SIGSTOP)
             place = to / str(step)
             shutil.copytree(folder, place, symlinks=True)
             made.append(place)
             if not last:
-                os.killpg(process.pid, signal.SIGCONT)
+                command.signal(signal.SIGCONT)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        command.kill()
     return made
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import forks
 import runs
 from fault_data import Stores
 from fault_stores import Bucket
@@ -148,16 +149,27 @@ def test_stock_workers_still_share_the_parents_connections(trials: Trials, tmp_p
 # --- through the command line
 
 
-def train(bucket: Bucket, config: str, folder: Path, *arguments: str) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        **bucket.environment,
-        "OPSIN_CACHE": str(folder / "copies"),
-        "OMP_NUM_THREADS": "1",
-    }
+def surroundings(bucket: Bucket, folder: Path) -> dict[str, str]:
+    return {**bucket.environment, "OPSIN_CACHE": str(folder / "copies"), "OMP_NUM_THREADS": "1"}
+
+
+def trained(bucket: Bucket, config: str, folder: Path) -> tuple[int | None, str]:
+    """``opsin train`` to its end: exit code, and what it printed."""
+    said = folder / "said"
+    said.unlink(missing_ok=True)
+    command = forks.Command(["train", config], said=said, folder=folder, **surroundings(bucket, folder))
+    try:
+        code = command.wait(280)
+    finally:
+        command.kill()
+    return code, said.read_text()
+
+
+def train(bucket: Bucket, config: str, folder: Path) -> subprocess.Popen:
+    """``opsin train`` as a shell starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "opsin.training.cli", "train", config, *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=folder,
+        [sys.executable, "-m", "opsin.training.cli", "train", config],
+        env={**os.environ, **surroundings(bucket, folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=folder,
     )  # fmt: skip
 
 
@@ -190,19 +202,17 @@ def test_opsin_train_ends_with_one_line_and_goes_on_when_the_shard_is_mended(
     config = runs.config_file(
         tmp_path, "s3://data/scenes", train_loader={"num_workers": 2}, max_duration="1ep", save_interval="1ba"
     )
-    ended = train(scenes_store, config, tmp_path)
-    _, said = ended.communicate(timeout=280)
+    code, said = trained(scenes_store, config, tmp_path)
     lines = [line for line in said.splitlines() if "Traceback" in line or line.startswith("opsin: ")]
-    assert ended.returncode == 2, said
+    assert code == 2, said
     assert len(lines) == 1 and lines[0].startswith("opsin: dataset: a shard could not be read: "), said
     assert (
         f"s3://data/scenes/{bad.name}: its hash (xxh64)" in lines[0]
         and "the same command goes on" in lines[0]
     )
     bad.write_bytes(good)
-    again = train(scenes_store, config, tmp_path)
-    _, said = again.communicate(timeout=280)
-    assert again.returncode == 0, said
+    code, said = trained(scenes_store, config, tmp_path)
+    assert code == 0, said
 
 
 def test_a_killed_worker_ends_opsin_train_with_one_line(scenes_store: Bucket, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def killed(pool: RankPool, config: str, folder: Path, lines: int) -> None:
 def test_two_ranks_killed_then_four_killed_then_one(tmp_path: Path, one: Path) -> None:
     """Real processes, killed at no step in particular; sharded on two, replicated on four."""
     run = tmp_path / "runs" / "four"
-    killed(RankPool(2, forked=True), restarts.config(tmp_path, **FSDP2), run, 3)
-    killed(RankPool(4, forked=True), restarts.config(tmp_path), run, 7)
+    killed(RankPool(2), restarts.config(tmp_path, **FSDP2), run, 3)
+    killed(RankPool(4), restarts.config(tmp_path), run, 7)
     restarts.run([restarts.config(tmp_path)])
     assert served(run) == served(one)
     each_once(served(run))
