@@ -1,6 +1,6 @@
 """Subsets of the methods x families x ranks x micro-batches x packing x precision: the numbers of one process.
 
-``make test`` runs a pairwise cover, ``make test-all`` the product. Every case is one step on one global batch of 8 and is
+``make test`` runs a pairwise cover of half of the subsets, ``make test-all`` the product. Every case is one step on one global batch of 8 and is
 held against the same step in one process, one micro-batch, unpacked.
 """
 
@@ -34,7 +34,13 @@ FACTORS: dict[str, tuple] = {
 }
 """``words``: which image JARVIS lets words see. Ranks: two."""
 
-CASES = pairwise(FACTORS)
+SOME = [(), *[(name,) for name in settings.METHODS], ("ross", "jarvis"), ("l2t", "vift"), SUBSETS[-1]]
+COVERED = {**FACTORS, "subset": SOME, "microbatch": (8, 2, 1)}
+"""What ``make test`` covers: each method alone, those with heads, those about words, all of them.
+
+On two ranks a micro-batch of 8 is one of 4; in one process ``test_matrix_normalisation.py`` has it.
+"""
+CASES = pairwise(COVERED)
 EXACT = 1e-5
 BF16 = {"losses": 2e-2, "cosine": 0.97}
 """Autocast to 8 bits of mantissa: sums in another order differ in the second digit."""
@@ -91,8 +97,8 @@ def hold(case: dict[str, Any], ranks: RankPool) -> None:
 
 def test_the_cover_has_every_pair() -> None:
     covered = set().union(*map(pairs_of, CASES))
-    assert covered == {p for c in map(dict, product(*[[(k, v) for v in vs] for k, vs in FACTORS.items()])) for p in pairs_of(c)}  # fmt: skip
-    assert len(CASES) < 90
+    assert covered == {p for c in map(dict, product(*[[(k, v) for v in vs] for k, vs in COVERED.items()])) for p in pairs_of(c)}  # fmt: skip
+    assert len(CASES) < 40
 
 
 @pytest.mark.world

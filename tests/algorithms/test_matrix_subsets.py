@@ -22,6 +22,12 @@ from compare import same_bits
 from settings import METHODS, SUBSETS, make
 
 EACH = pytest.mark.parametrize("subset", SUBSETS, ids=settings.name_of)
+MOST = pytest.mark.parametrize(
+    "subset",
+    [pytest.param(s, marks=pytest.mark.slow) if len(s) == 3 else s for s in SUBSETS],
+    ids=settings.name_of,
+)
+"""For tests that train a subset again without each of its methods."""
 STEPS = 3
 
 
@@ -86,7 +92,7 @@ def test_it_trains(subset: tuple[str, ...], folder: Path) -> None:
     assert all(torch.equal(v, after[k]) for k, v in before.items()) == ("vift" in subset)
 
 
-@EACH
+@MOST
 def test_each_of_its_methods_changes_it(subset: tuple[str, ...], folder: Path) -> None:
     """No cell of the matrix is another one in disguise."""
     result = saved(subset, folder)
@@ -95,7 +101,7 @@ def test_each_of_its_methods_changes_it(subset: tuple[str, ...], folder: Path) -
         assert [x["loss/train/lm"] for x in rest["losses"]] != [x["loss/train/lm"] for x in result["losses"]]
 
 
-@EACH
+@MOST
 def test_a_method_that_is_off_is_one_that_is_not_there(subset: tuple[str, ...]) -> None:
     for name in subset:
         rest = tuple(n for n in subset if n != name)

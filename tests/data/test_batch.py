@@ -155,7 +155,7 @@ def row_ranges(batch: Batch, parts: int) -> list[range]:
     return [range(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(zoo.FAMILIES),
     st.booleans(),

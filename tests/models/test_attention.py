@@ -23,7 +23,7 @@ import zoo
 from masks import layouts, materialised, naive, without_empty_rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(layouts())
 def test_every_form_is_the_naive_loop(see: Visibility) -> None:
     batch, length = see.valid.shape
@@ -42,7 +42,7 @@ def test_every_form_is_the_naive_loop(see: Visibility) -> None:
     assert bool(one) == bool(expected[0, length - 1, 0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(layouts(), st.sampled_from([1, 2, 4]))
 def test_the_block_mask_leaves_out_no_block(see: Visibility, size: int) -> None:
     length = see.valid.shape[1]

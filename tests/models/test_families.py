@@ -28,7 +28,7 @@ from opsin.models.vlm import VisionLanguageModel
 import jobs
 import zoo
 
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SIZES = st.tuples(st.integers(9, 70), st.integers(9, 70))
 
 
