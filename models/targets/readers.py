@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .. import towers  # our own tower class, if a configuration names it
 from ..errors import UserError
 from .frozen import WHERE, one_line
 
@@ -74,9 +75,12 @@ class TransformerReader:
         self.own: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
         asked = "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
         self._more: dict[str, Any] = {"interpolate_pos_encoding": True} if asked else {}
+        self._any_size = not isinstance(module, towers.TokenTower)
 
     def __call__(self, pixels: torch.Tensor, layer: int | str) -> torch.Tensor:
         """``last_hidden_state`` or ``hidden_states[layer]``; see :meth:`Reader.__call__`."""
+        if not self._any_size and tuple(pixels.shape[-2:]) != self.own:
+            raise ValueError(f"pictures of {self.own} pixels are needed")
         if layer == LAST:
             tokens = self.module(pixel_values=pixels, **self._more).last_hidden_state
         else:

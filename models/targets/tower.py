@@ -13,7 +13,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from .. import towers as towers  # our own tower class, if a configuration names it
 from ..anatomy import anatomy_of
 from ..errors import UserError
 from ..shipped import TOWER_4, scenes_tower
@@ -74,13 +73,6 @@ class TowerReader(TransformerReader):
             folder = _model_folder(path, source)
             tower = _load(folder, source)
             super().__init__(tower, tower.config, source, *colours(folder))
-        self._any_size = not isinstance(tower, towers.TokenTower)
-
-    def __call__(self, pixels: torch.Tensor, layer: int | str) -> torch.Tensor:
-        """See :meth:`Reader.__call__`."""
-        if not self._any_size and tuple(pixels.shape[-2:]) != self.own:
-            raise ValueError(f"pictures of {self.own} pixels are needed")
-        return super().__call__(pixels, layer)
 
 
 def _model_folder(path: str, source: str) -> Path:

@@ -117,6 +117,15 @@ def test_siglip_and_token_towers(tmp_path: Path) -> None:
         torch.testing.assert_close(target.encode(x, grid), said.last_hidden_state)
         assert target.fixed == (name == "token")
         assert target.moments([torch.rand(3, 20, 30)], [(3, 5)]).shape == (15, tower.config.hidden_size)
+        # The tower alone, in a folder of its own.
+        tower.save_pretrained(tmp_path / f"{name}-alone")
+        processor.image_processor.save_pretrained(tmp_path / f"{name}-alone")
+        spec = {**PLAIN, "name": "features", "path": str(tmp_path / f"{name}-alone")}
+        alone: Any = make_of(spec, {"features": "opsin.models.targets.features:FeatureTarget"}, "target")
+        assert alone.fixed == target.fixed and alone.dim == tower.config.hidden_size
+        with torch.no_grad():
+            said = tower(pixel_values=(x - alone.mean) / alone.std).last_hidden_state
+        torch.testing.assert_close(alone.encode(x, grid), said)
 
 
 def test_the_tower_that_ships() -> None:
