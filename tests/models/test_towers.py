@@ -268,6 +268,22 @@ def test_efficientnet_lite0():
 
 
 @needs_weights
+@torch.no_grad()
+def test_efficientnet_lite0_by_its_finer_map_alone() -> None:
+    from opsin.models.smollm2_llava import efficientnet_lite0
+
+    both, finer = efficientnet_lite0(256, rgb=False), efficientnet_lite0(256, rgb=False, stages=[3])
+    assert (finer.config.hidden_size, finer.config.grid) == (112, (16, 16))
+    x = torch.randn(1, 3, 256, 256).clamp(-1, 1)
+    cells = finer(x).last_hidden_state.transpose(1, 2).unflatten(2, (16, 16))
+    averaged = F.avg_pool2d(cells, 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(averaged, both(x).last_hidden_state[..., 1280:], atol=1e-4, rtol=1e-4)
+    for stages in ([], [2], "head"):
+        with pytest.raises(UserError, match=r"model\.stages: .*: use \[head, 3\] or one of them"):
+            efficientnet_lite0(stages=stages)
+
+
+@needs_weights
 def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from opsin.models import smollm2_llava
 
