@@ -190,7 +190,7 @@ def test_auto_encoders_go_with_the_targets_of_ross() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("algorithms.ross.shufle_targets=true", r"cell x: .*shufle_targets: unknown key; did you mean 'shuffle_targets'"),
+        ("algorithms.ross.shufle_targets=true", r"shufle_targets: unknown key; did you mean 'shuffle_targets'"),
         ("stages.instruct.max_durration=3ba", r"cell x: .*max_durration: unknown key; did you mean 'max_duration'"),
     ],
 )  # fmt: skip
