@@ -18,7 +18,6 @@ from opsin.training.check import refuse_mistakes
 from opsin.training.config import Loaded
 from opsin.training.eval_config import load_suites
 from opsin.training.stages import resolve
-from opsin.training.study import part_autoencoders, part_kinds
 from opsin.training.study.runs import Run, runs_of
 from opsin.training.study.spec import Cell, grid, load_study
 from opsin.training.study.study import run_study
@@ -35,13 +34,6 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPSIN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-
-@pytest.fixture
-def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The auto-encoders among the kinds of parts."""
-    for name, make in part_autoencoders.KINDS.items():
-        monkeypatch.setitem(part_kinds.KINDS, name, make)
 
 
 def head(name: str) -> str:
@@ -164,7 +156,6 @@ def test_a_cell_is_held_against_one_that_has_its_seeds(name: str) -> None:
         assert set(cell.seeds) <= set(cells[cell.matched_to or "baseline"].seeds)
 
 
-@pytest.mark.usefixtures("kinds")
 def test_auto_encoders_go_with_the_targets_of_ross() -> None:
     config, cost = load_study(KL_VQ), head("ross_targets").partition("Cost:")[2]
     cells = grid(config)

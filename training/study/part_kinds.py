@@ -42,7 +42,7 @@ _PICTURES = SceneConfig(objects=OBJECTS, sign=0.0, charts=0.0)
 
 def language_model(
     out: Path, console: Console, *, steps: int = 150, seed: int = 0, start: str | None = "shipped", lr: float = 1e-3,
-    batch_size: int = 32,
+    batch_size: int = 32, hidden_size: int = 128, heads: int = 4,
 ) -> None:  # fmt: skip
     """Train a small Llama on text alone.
 
@@ -54,13 +54,16 @@ def language_model(
         start: weights to go on from; None: random ones, which need some 1,500 steps.
         lr: peak learning rate.
         batch_size: samples a step.
+        hidden_size, heads: of the model; what ships has 128 and 4, so another width needs ``start: null``.
     """
     from transformers import LlamaForCausalLM
 
     from ..models import scenes_llava
     from ..pretrain import _collator, _fit, _texts
 
-    model = scenes_llava(language_model=start, vision_tower=None, seed=seed)
+    model = scenes_llava(
+        language_model=start, vision_tower=None, hidden_size=hidden_size, heads=heads, seed=seed
+    )
     decoder: Any = model.hf.model.language_model
     groups = [{"params": list(decoder.parameters()), "lr": lr, "weight_decay": 0.01}]
     texts = _texts(SCENE_SEED + seed, batch_size, streams=STREAMS, config=_PICTURES)

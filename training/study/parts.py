@@ -18,9 +18,11 @@ from ...data import scenes as scenes_package
 from ...models.errors import UserError, nearest
 from ...models.packaged import cache_folder
 from .. import autoencoder, pretrain
-from . import part_kinds
+from . import part_autoencoders, part_kinds
 
 FOLDER, RECORD = "parts", "part.json"
+
+part_kinds.KINDS.update(part_autoencoders.KINDS)
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:
@@ -47,7 +49,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
 def part_folder(given: Mapping[str, Any]) -> Path:
     """Where a part is kept: its name says kind, settings and the code that makes it."""
     options = {k: v for k, v in given.items() if k != "kind"}
-    body = json.dumps([given["kind"], sorted(options.items()), _code(), torch.__version__])
+    body = json.dumps([given["kind"], sorted(options.items()), _code(given["kind"]), torch.__version__])
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
     return cache_folder() / FOLDER / f"{given['kind']}-{digest}"
 
@@ -96,9 +98,10 @@ def make_parts(parts: Mapping[str, Any], console: Console) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _code() -> str:
-    """Hash of the sources that decide what a part is."""
+def _code(kind: str) -> str:
+    """Hash of the sources that decide what a part of this kind is."""
     files = [Path(inspect.getfile(m)) for m in (part_kinds, pretrain, autoencoder)]
+    files += [Path(inspect.getfile(part_autoencoders))] if kind in part_autoencoders.KINDS else []
     files += sorted(Path(inspect.getfile(scenes_package)).parent.glob("*.py"))
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
