@@ -44,14 +44,24 @@ class Verdict:
 
 
 def placebos_of(study: Study, cell: Cell) -> list[str]:
-    """A cell's placebos; of a combination without one of its own, those of the methods in it."""
+    """A cell's placebos; of a combination without one of its own, those of the methods in it, as far as they are held
+    against the same baseline: others were trained on other data, and would tell that apart.
+    """
     own = [name for name, other in study.cells.items() if other.placebo_of == cell.name]
     if own or cell.role not in METHOD_ROLES:
         return own
     parts = {
-        name for name, other in study.cells.items() if len(other.methods) == 1 and set(other.methods) < set(cell.methods)
-    }  # fmt: skip
-    return [name for name, other in study.cells.items() if other.placebo_of in parts]
+        name
+        for name, other in study.cells.items()
+        if len(other.methods) == 1
+        and set(other.methods) < set(cell.methods)
+        and other.matched_to == cell.matched_to
+    }
+    return [
+        name
+        for name, other in study.cells.items()
+        if other.placebo_of in parts and other.matched_to == cell.matched_to
+    ]
 
 
 def floor_and_ceiling(

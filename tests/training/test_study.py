@@ -78,6 +78,7 @@ def test_subsets(subsets: str, count: int) -> None:
         ({"base": []}, "study: base: needs at least one YAML"),
         ({"cells": {}}, "nothing is held against the baseline"),
         ({"seeds": [1, 1]}, r"study: seeds: \[1, 1\]"),
+        ({"along": {"rosss": []}, "cells": {"x": {"methods": ["ross"]}}}, r"study: along\.rosss: no cell has it; did you mean 'ross'"),
         ({"cells": {"x": {"rolle": "single"}}}, r"cells\.x\.rolle: unknown key; did you mean 'role'"),
         ({"cells": {"x": {"role": "controll"}}}, r"cells\.x\.role: 'controll': unknown; did you mean 'control'"),
         ({"cells": {"x": {"placebo_of": "rosss"}, "ross": {}}}, r"placebo_of: no other cell 'rosss'; did you mean 'ross'"),
@@ -128,10 +129,11 @@ class Stage:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(1, 4), st.randoms())
 def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: int, chance: Any) -> None:
+    # Cells that differ in how they are asked share the last stage as well: here two and two.
     plans = [
         Planned(
             Run(Cell(f"c{i}", (), (), (), "single", (1,)), 1, Path("x"), ()),
-            [Stage(s), Stage(f"last{i}")],
+            [Stage(s), Stage(f"last {s}{i // 2}")],
             "",
         )  # type: ignore[list-item]
         for i, s in enumerate(shared)
@@ -145,17 +147,12 @@ def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: i
     try:
         while board.waiting or working:
             # Only take while something can be taken: a single thread must not wait for itself.
-            busy = {p.stages[0].identity for p in working if p.stages[0].identity in board.making}
-            free = [
-                p
-                for p in board.waiting
-                if p.stages[0].identity in board.made or p.stages[0].identity not in busy
-            ]
+            free = [p for p in board.waiting if not any(s.identity in board.making for s in p.stages)]
             if len(working) < hands and free:
                 taken = board.take()
                 assert taken is not None
-                first = taken.stages[0].identity
-                assert first in board.made or [p for p in working if p.stages[0].identity == first] == []
+                for one in (stage.identity for stage in taken.stages):
+                    assert one in board.made or not any(one == s.identity for p in working for s in p.stages)
                 working.append(taken)
                 continue
             ended = working.pop(chance.randrange(len(working)))
@@ -163,6 +160,21 @@ def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: i
     finally:
         executor.finished = stock
     assert sorted(told) == sorted(p.run.name for p in plans) and not board.making
+
+
+def test_nobody_waits_for_a_run_whose_end_could_not_be_told() -> None:
+    run = Run(Cell("c", (), (), (), "single", (1,)), 1, Path("nowhere"), ())
+    plans = [Planned(run, [Stage("a")], ""), Planned(run, [Stage("a")], "")]  # type: ignore[list-item]
+
+    def full(run: Run, answer: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    board = _Board(list(plans), full)
+    taken = board.take()
+    assert taken is not None
+    with pytest.raises(OSError, match="No space left"):
+        board.give(taken, {"status": "failed"})
+    assert not board.making and board.take() is plans[1]
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +223,64 @@ def test_a_cell_that_is_another_one_is_not_trained(base: Path, tmp_path: Path) -
         evaluation=[],
     )
     assert same_as(runs_of(both, tmp_path)) == {}
+
+
+def test_it_is_another_one_only_with_the_same_settings_and_questions(base: Path, tmp_path: Path) -> None:
+    body = {
+        "base": [str(base / "base.yaml"), str(base / "mixed.yaml")], "seeds": [1],
+        "cells": {
+            "vift": {"methods": ["vift"]},
+            "slow": {"methods": ["vift"], "set": ["max_duration=7ba"]},
+            "both": {"methods": ["l2t", "vift"]},
+            "both_asked": {"methods": ["l2t", "vift"], "evaluation": ["blind=false"]},
+        },
+    }  # fmt: skip
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump(body))
+    equal = same_as(runs_of(load_study([str(file)]), tmp_path))
+    assert {name: other for name, (other, _) in equal.items()} == {"both": "vift"}
+
+
+def test_cells_that_are_asked_in_their_own_way_are_trained_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {
+        "base": [str(base / "base.yaml")], "seeds": [17], "evaluation": [str(base / "suites.yaml")],
+        "cells": {"asked": {"evaluation": ["blind=false"]}},
+    }  # fmt: skip
+    file, out = tmp_path / "s.yaml", tmp_path / "study"
+    file.write_text(yaml.safe_dump(body))
+    monkeypatch.setattr(cli, "_debug", False)
+    monkeypatch.setattr("sys.argv", ["opsin", "study", "run", str(file), "--out", str(out), "--jobs", "1"])
+    cli.main()
+    cells = study_cells(out)
+    assert {c["status"] for c in cells.values()} == {"done"}
+    last = json.loads((out / "runs" / "asked-17" / "stages" / "instruct" / "done.json").read_text())
+    assert "baseline-17" in last["taken_from"]
+    scores = {
+        n: json.loads((out / "cells" / n / "scores.json").read_text())["suites"]["scenes"] for n in cells
+    }
+    assert "blind" in scores["baseline-17"] and "blind" not in scores["asked-17"]
+    assert scores["baseline-17"]["measures"] == scores["asked-17"]["measures"]
+    tokens = {c["cost"]["tokens"] for c in cells.values()}
+    assert len(tokens) == 1 and tokens.pop() > 0
+    # What was fixed before the first run stays fixed.
+    with pytest.raises(SystemExit) as left:
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "opsin",
+                "study",
+                "run",
+                str(file),
+                "--out",
+                str(out),
+                "primary.suite=scenes",
+                "primary.measure=accuracy",
+            ],
+        )
+        cli.main()
+    assert left.value.code == 2
 
 
 def command(base: Path, out: Path) -> list[str]:

@@ -37,7 +37,7 @@ class _Board:
     told: Told
     making: dict[str, str] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
+    broken: list[BaseException] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def take(self) -> Planned | None:
@@ -57,13 +57,20 @@ class _Board:
     def give(self, planned: Planned, answer: dict[str, Any]) -> None:
         """A run ended; its stages are there for others, if it got so far."""
         with self.changed:
-            for stage in planned.stages:
-                if self.making.get(stage.identity) == planned.run.name:
-                    del self.making[stage.identity]
-                    if finished(planned.run, stage):
-                        self.made.add(stage.identity)
-            self.told(planned.run, answer)
-            self.changed.notify_all()
+            try:
+                self._give(planned, answer)
+            finally:  # whatever went wrong here, nobody must wait for these stages
+                for stage in planned.stages:
+                    if self.making.get(stage.identity) == planned.run.name:
+                        del self.making[stage.identity]
+                self.changed.notify_all()
+
+    def _give(self, planned: Planned, answer: dict[str, Any]) -> None:
+        for stage in planned.stages:
+            mine = self.making.get(stage.identity) == planned.run.name
+            if mine and finished(planned.run, stage):
+                self.made.add(stage.identity)
+        self.told(planned.run, answer)
 
 
 def finished(run: Run, stage: Stage) -> bool:
@@ -109,6 +116,8 @@ def execute(
     for thread in threads:
         while thread.is_alive():  # an interrupt should be heard
             thread.join(0.5)
+    if board.broken:
+        raise board.broken[0]
 
 
 def _drive(board: _Board, environment: Mapping[str, str]) -> None:
@@ -119,19 +128,23 @@ def _drive(board: _Board, environment: Mapping[str, str]) -> None:
             try:
                 worker = worker if worker is not None and worker.alive() else _Worker(environment)
                 answer = worker.ask(planned)
-            except OSError as error:
-                answer = {
-                    "status": "failed",
-                    "why": f"no process could be started: {error.strerror or error}",
-                }
-            if answer["status"] == "done":
-                record = {"identity": planned.identity, **answer}
-                planned.run.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(planned.run.folder / RECORD, json.dumps(record, indent=1) + "\n")
+                if answer["status"] == "done":
+                    _record(planned, answer)
+            except (OSError, ValueError) as error:  # no process, no room on the disk, half an answer
+                said = getattr(error, "strerror", None) or error
+                answer = {"status": "failed", "why": f"{type(error).__name__}: {said}"}
             board.give(planned, answer)
+    except BaseException as error:  # told to the thread that waits for all
+        board.broken.append(error)
     finally:
         if worker is not None:
             worker.close()
+
+
+def _record(planned: Planned, answer: dict[str, Any]) -> None:
+    record = {"identity": planned.identity, **answer}
+    planned.run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(planned.run.folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 class _Worker:

@@ -36,14 +36,21 @@ def check_parts(parts: Mapping[str, Any]) -> None:
         if not isinstance(given, Mapping) or "kind" not in given:
             raise UserError(f"{where}: needs a kind: {', '.join(part_kinds.KINDS)}")
         kind = given["kind"]
-        if kind not in part_kinds.KINDS:
+        if not isinstance(kind, str) or kind not in part_kinds.KINDS:
             raise UserError(f"{where}.kind: '{kind}': unknown{nearest(str(kind), part_kinds.KINDS)}")
-        known = [
-            p for p in inspect.signature(part_kinds.KINDS[kind]).parameters if p not in ("out", "console")
-        ]
-        for key in given:
-            if key != "kind" and key not in known:
+        parameters = inspect.signature(part_kinds.KINDS[kind]).parameters
+        known = [p for p in parameters if p not in ("out", "console")]
+        for key, value in given.items():
+            if key == "kind":
+                continue
+            if key not in known:
                 raise UserError(f"{where}.{key}: unknown key{nearest(str(key), known)}")
+            default = parameters[key].default
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(default, int | float) and (
+                not number or (isinstance(default, int) and value != int(value)) or value < 0
+            ):
+                raise UserError(f"{where}.{key}: {value!r}: use a number such as {default}")
 
 
 def part_folder(given: Mapping[str, Any]) -> Path:
@@ -91,9 +98,15 @@ def make_parts(parts: Mapping[str, Any], console: Console) -> None:
             finally:
                 torch.set_num_threads(threads)
             (work / RECORD).write_text(json.dumps({"kind": given["kind"], **options}, indent=1) + "\n")
+            if (folder / RECORD).is_file():
+                continue  # another process was quicker: its part is in use
             if folder.is_dir():  # without a record: not whole
                 shutil.rmtree(folder)
-            work.replace(folder)
+            try:
+                work.replace(folder)
+            except OSError:
+                if not (folder / RECORD).is_file():
+                    raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

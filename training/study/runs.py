@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,9 @@ def identity(stages: Sequence[Stage], evaluation: str) -> str:
 def same_as(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """Cells that equal another one by construction, whatever the data is: name -> (the other cell, why)."""
     ordinary = [r.cell for r in runs if r.cell.role in ("baseline", "factorial", "single")]
-    by_methods = {(c.methods, c.files): c.name for c in ordinary}
-    named = {c.name: c for c in ordinary}
+    cells = list({c.name: c for c in ordinary}.values())
     found = {}
-    for cell in {c.name: c for c in ordinary}.values():
+    for cell in cells:
         run = next(r for r in runs if r.cell is cell)
         loaded = run.load()
         acting: set[str] = set()
@@ -104,13 +103,20 @@ def same_as(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
             idle.update(resting)
             acting |= {m for m in built if m not in resting}
         idle = {m: why for m, why in idle.items() if m not in acting}
-        other = by_methods.get((tuple(m for m in cell.methods if m not in idle), cell.files))
-        toggled = {f"algorithms.{m}=true" for m in idle}
-        if other is None or cell.evaluation != named[other].evaluation:
+        if not idle:
             continue
-        if idle and set(cell.arguments) - set(named[other].arguments) <= toggled:
-            found[cell.name] = (other, "; ".join(idle.values()))
+        own = _apart_from_toggles(cell, idle)
+        other = next((c for c in cells if c is not cell and own == _apart_from_toggles(c, idle)), None)
+        if other is not None:
+            found[cell.name] = (other.name, "; ".join(idle.values()))
     return found
+
+
+def _apart_from_toggles(cell: Cell, idle: Mapping[str, str]) -> tuple[Any, ...]:
+    """What a cell is, whether or not idle methods are switched on in it."""
+    toggles = {f"algorithms.{m}={value}" for m in idle for value in ("true", "false")}
+    methods = tuple(m for m in cell.methods if m not in idle)
+    return methods, cell.files, [a for a in cell.arguments if a not in toggles], cell.evaluation
 
 
 def write_study(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...evaluation.study.pictures import keep_suites
-from ...models.errors import UserError
+from ...models.errors import UserError, nearest
 from ..check import refuse_mistakes
 from ..eval_config import load_suites
 from ..prepare import prepare
@@ -114,6 +115,7 @@ def begin(
     if not config.evaluation:
         raise UserError(f"study: {SMALLEST_WITHOUT_QUESTIONS}")
     refuse_unwritable(out, f"--out {out}")
+    refuse_endpoints(config, out)
     runs = runs_of(config, out.resolve())
     asked = {given: question_key(given) for given in {r.cell.evaluation for r in runs}}
     equal = same_as(runs)
@@ -135,6 +137,33 @@ def begin(
     if config.check is not None and not waiting:
         refuse_unasked(work, config.check)
     return work
+
+
+def refuse_endpoints(config: StudyConfig, out: Path) -> None:
+    """Refuse an endpoint that nothing asks, and another primary one than runs were made under.
+
+    Raises:
+        UserError: names the nearest suite, or what was fixed.
+    """
+    yamls, arguments = ([f for f in config.evaluation if ("=" in f) == given] for given in (False, True))
+    suites = load_suites(yamls, arguments).suites
+    for key, one in (("primary", config.primary), *(("secondary", e) for e in config.secondary)):
+        if one is not None and one.suite not in suites:
+            raise UserError(
+                f"study: {key}: the evaluation has no suite '{one.suite}'{nearest(one.suite, suites)}"
+            )
+    try:
+        before = json.loads((out / "study.json").read_text(encoding="utf-8"))
+        begun = any(cell["status"] == "done" for cell in before["cells"])
+        fixed = before["primary"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if begun and fixed != (None if config.primary is None else vars(config.primary)):
+        told = "none" if fixed is None else f"{fixed.get('suite')}/{fixed.get('measure')}"
+        raise UserError(
+            f"study: primary: {out / 'study.json'} has runs that were made when it was fixed as {told}; "
+            "choose another --out, or ask the same"
+        )
 
 
 def keep_pictures(work: Work) -> None:
