@@ -32,7 +32,7 @@ class Suite:
         mode: ``generate`` (greedy words), ``rank`` (the likeliest of ``Item.choices``) or ``follow``: the right answer is
             given to the model word by word, and its output ends with the first word that it would have said instead. All
             questions about a picture share one pass, so it is several times faster than ``generate``; whether an answer
-            is right is the same, an answer of one word, too. A prediction has its ``nll`` (nats).
+            is right is the same, an answer of one token, too. A prediction has its ``nll`` (nats).
         max_new_tokens: longest answer.
     """
 

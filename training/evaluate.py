@@ -80,7 +80,15 @@ def evaluate_model(
     asked: dict[str, Asked] = {}
     for name, suite in wanted.suites.items():
         told = _Told(console, name, time.monotonic())
-        asked[name] = ask_suite(adapter, name, suite, items[name], blind=config.blind, blind_limit=config.blind_limit, progress=told)
+        asked[name] = ask_suite(
+            adapter,
+            name,
+            suite,
+            items[name],
+            blind=config.blind,
+            blind_limit=config.blind_limit,
+            progress=told,
+        )
         if dist.get_global_rank() == 0:  # what was answered is kept, whatever becomes of the rest
             write_predictions(folder / PREDICTIONS, [r for one in asked.values() for r in one.records])
     entries = {name: entry_of(wanted, name, items[name], one) for name, one in asked.items()}

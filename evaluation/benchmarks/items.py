@@ -14,7 +14,7 @@ from ...models.errors import UserError, nearest
 from ..readers.pictures import Stored, check_pictures, pictures_of
 from ..readers.rows import Row
 from ..records import Item, Picture
-from ..scorers import make
+from ..scorers import Exact, make
 from ..suites import GROUPS, Suite
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -56,6 +56,11 @@ def make_suite(
     where = path if isinstance(path, str) else ", ".join(path)
     known("group", group, GROUPS)
     known("mode", mode, MODES)
+    judge = make(scorer)
+    if mode == "follow" and not isinstance(judge, Exact):
+        raise UserError(
+            f"mode: follow: scorer '{scorer}' reads whole sentences, and wrong answers are cut short; use generate"
+        )
     for name, value in (("max_new_tokens", max_new_tokens), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"{name}: {value}: use 1 or more")
@@ -74,10 +79,15 @@ def make_suite(
             for item in items:
                 if len(item.choices) < 2:
                     raise UserError(f"{where}: question {item.id} has no choices to rank; use mode: generate")
+        for item in items if mode == "follow" else ():
+            if not item.gold.strip():
+                raise UserError(
+                    f"{where}: question {item.id} has no right answer to follow; use mode: generate"
+                )
         check_pictures(picture for item in items for picture in item.pictures)
         return items
 
-    return Suite(group, make(scorer), checked, mode, max_new_tokens)
+    return Suite(group, judge, checked, mode, max_new_tokens)
 
 
 def known(keyword: str, value: str, values: Iterable[str]) -> None:

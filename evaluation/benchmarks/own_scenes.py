@@ -73,7 +73,7 @@ def scenes(
         stream: one of ``data.scenes.STREAMS``; ``text`` has the facts in words in place of the picture, ``blind``
             has neither, ``mismatched`` another scene's picture.
         ask: kinds of questions that are asked; default: all.
-        mode: ``generate`` or ``rank`` (among the answers of the sort that is asked for: ``SORTS``).
+        mode: ``generate``, ``rank`` (among the answers of the sort that is asked for: ``SORTS``) or ``follow``.
         max_new_tokens, limit: see :func:`.yes_no.pope`.
         scorer: ``scenes``, ``scenes_first_words``, or either with ``@token``; ``scene_captions``. Default: the last one for
             captions, else the first.
@@ -91,6 +91,8 @@ def scenes(
         known("scenes", name, [field.name for field in fields(SceneConfig)])
     if not splits or len(set(splits)) < len(splits):
         raise UserError("split: name each split once")
+    if mode == "follow" and any(one.startswith("exists_") for one in splits):
+        raise UserError("mode: follow: splits exists_... are read as POPE reads sentences; use generate")
     if samples < 1:
         raise UserError(f"samples: {samples}: use 1 or more")
     for kind in (ask or ()) if path is None else ():

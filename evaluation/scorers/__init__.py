@@ -16,7 +16,7 @@ from .pope import Pope, PopeRead
 from .ranked import RANKS
 from .scenes import Scenes, ScenesFirstWords
 
-__all__ = ["SCORERS", "Measure", "Scorer", "Scores", "make"]
+__all__ = ["SCORERS", "Exact", "Measure", "Scorer", "Scores", "make"]
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
     one.name: one

@@ -12,6 +12,7 @@ from opsin.data.loader import build_encoder
 from opsin.evaluation.adapter import VLMAdapter
 from opsin.evaluation.asking import ask_suite, together
 from opsin.evaluation.benchmarks.own_scenes import scenes
+from opsin.models.errors import UserError
 from opsin.training.models import scenes_llava
 
 ASKED: dict[str, Any] = {
@@ -107,3 +108,19 @@ def test_a_beginning_of_each_suite_is_asked_blind(asked: VLMAdapter) -> None:
     with torch.no_grad():
         whole = ask_suite(asked, "scenes", suite, items, blind=True)
     assert whole.blind is not None and whole.blind.measures["accuracy"].n == len(items)
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ({"stream": "caption"}, r"mode: follow: scorer 'scene_captions' reads whole sentences.*use generate"),
+        (
+            {"split": "exists_random"},
+            r"mode: follow: splits exists_\.\.\. are read as POPE reads sentences; use generate",
+        ),
+        ({"scorer": "letter"}, r"mode: follow: scorer 'letter' reads whole sentences"),
+    ],
+)
+def test_what_reads_sentences_refuses_it(how: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        scenes(mode="follow", samples=4, **how)
