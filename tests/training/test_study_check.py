@@ -248,6 +248,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words
     return int(code), capsys.readouterr().err
 
 
+@pytest.mark.timeout(600)
 def test_a_study_stops_where_its_check_fails_and_its_runs_are_used_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
