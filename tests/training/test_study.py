@@ -123,7 +123,7 @@ def test_what_is_typed_wrong_is_one_line(
 
 class Stage:
     def __init__(self, identity: str):
-        self.identity = identity
+        self.identity, self.name = identity, identity
 
 
 @settings(max_examples=50, deadline=None)

@@ -66,25 +66,31 @@ def perform(task: dict[str, Any]) -> dict[str, Any]:
 
 def stage_costs(run: Path) -> dict[str, Any]:
     """Steps and seconds of a finished run's stages; one that was taken from another run counts with what it cost there."""
-    steps, seconds, tokens = 0, 0.0, 0
+    steps, seconds, tokens, folder = 0, 0.0, 0, run
     for name in json.loads((run / "stages.json").read_text()):
-        done = json.loads((run / "stages" / name / "done.json").read_text())
+        folder = run / "stages" / name
+        done = json.loads((folder / "done.json").read_text())
         while "steps" not in done and "taken_from" in done:
-            done = json.loads((Path(done["taken_from"]).parent / "done.json").read_text())
+            folder = Path(done["taken_from"]).parent
+            done = json.loads((folder / "done.json").read_text())
         steps += int(done.get("steps", 0))
         tokens += int(done.get("tokens", 0))
         seconds += float(done.get("seconds", 0.0))
     spent = {"steps": steps, "tokens": tokens, "seconds": round(seconds, 1)}
-    return {**spent, "seconds_a_step": _median_step(run)}
+    return {**spent, "seconds_a_step": _median_step(folder.parents[1], folder.name)}
 
 
-def _median_step(run: Path) -> float | None:
-    """Median seconds of a step of the last stage, from Composer's speed monitor; None: too few steps for its window."""
+def _median_step(run: Path, last: str) -> float | None:
+    """Median seconds of a step of the last stage, from Composer's speed monitor; None: too few steps for its window.
+
+    Args:
+        run: that trained it.
+        last: name of the stage.
+    """
     from statistics import median
 
     from ..metrics_file import read_metrics
 
-    last = list(json.loads((run / "stages.json").read_text()))[-1]
     rates = [
         m.get("throughput/batches_per_sec") for m in read_metrics(run / "metrics.jsonl") if m["stage"] == last
     ]
