@@ -328,9 +328,7 @@ def test_every_column_is_tried_somewhere() -> None:
     [
         ("l2t", "llava", ("eager", "packing")),
         ("l2t", "llava_next", ("LoRA", "checkpointing")),
-        pytest.param(
-            "l2t", "qwen2_5_vl", ("compile",), marks=pytest.mark.slow
-        ),  # test_compile.py has it
+        pytest.param("l2t", "qwen2_5_vl", ("compile",), marks=pytest.mark.slow),  # test_compile.py has it
         ("ross", "qwen2_5_vl", ("eager", "packing")),
         ("ross", "llava", ("LoRA", "checkpointing")),
         ("ross", "llava_next", ("compile",)),
