@@ -18,6 +18,11 @@ TOWER_4 = "vision_model."
 """What transformers 4 puts before the names of a CLIP tower's tensors, and newer ones do not."""
 
 
+def shipped_file(part: str) -> Path:
+    """Where the weights of ``language_model`` or ``vision_tower`` lie."""
+    return Path(str(resources.files("opsin.models"))) / "assets" / f"scenes_{part}.safetensors"
+
+
 def load_part(module: Any, part: str, source: str) -> None:
     """Put saved weights into one part of ``scenes_llava``; every tensor must be there and fit.
 
@@ -30,10 +35,7 @@ def load_part(module: Any, part: str, source: str) -> None:
         UserError: no such file, or other tensors.
     """
     command = f"opsin data {part.replace('_', '-')} --out FILE"
-    if source == "shipped":
-        path = Path(str(resources.files("opsin.models"))) / "assets" / f"scenes_{part}.safetensors"
-    else:
-        path = Path(source)
+    path = shipped_file(part) if source == "shipped" else Path(source)
     if not path.is_file():
         raise UserError(f"model.{part}: no file '{path}'; make it with `{command}`")
     here = {k.removeprefix(TOWER_4): k for k in module.state_dict()}

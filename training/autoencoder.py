@@ -8,8 +8,7 @@ cannot hide in directions of hardly any variance, where no denoiser would find i
 
 from __future__ import annotations
 
-import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 
 from ..algorithms.ross.targets.patches import PatchAutoencoder
 from ..data.scenes import SceneConfig, scene
+from .fit import fit, group
 
 SCENE_SEED = 1_000_000
 """Added to the seed: scenes of seeds that no dataset of ours uses."""
@@ -48,7 +48,8 @@ def train_autoencoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = PatchAutoencoder()
-        loss = _fit(model, config, SCENE_SEED + seed, steps, batch_size, console)
+        losses = _losses(model, config, SCENE_SEED + seed, batch_size)
+        loss = fit([group(model.parameters(), _PEAK)], losses, steps, console, betas=(0.9, 0.99))
     _finish(model, config, SCENE_SEED + seed, first=steps * batch_size)
     state = {
         name: value.contiguous() if name in ("mean", "std") else value.to(torch.bfloat16).contiguous()
@@ -59,40 +60,26 @@ def train_autoencoder(
     return loss
 
 
-def _fit(
-    model: PatchAutoencoder,
-    config: SceneConfig,
-    scene_seed: int,
-    steps: int,
-    batch_size: int,
-    console: Console,
-) -> float:
-    """AdamW, warm-up of 50 steps, cosine to 2 %; mean loss of the last 50 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1.0, (i + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / steps))),
-    )
-    losses: list[float] = []
-    started = time.time()
-    for step in range(steps):
+def _losses(
+    model: PatchAutoencoder, config: SceneConfig, scene_seed: int, batch_size: int
+) -> Callable[[int], torch.Tensor]:
+    """Step -> loss on the next pictures."""
+
+    def loss_at(step: int) -> torch.Tensor:
         pictures, objects = _batch(config, scene_seed, step * batch_size, batch_size)
         latents = model.raw(pictures)
         deviation, mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
         latents = (latents - mean) / deviation.clamp_min(1e-5)
-        error = model.decode(latents + _NOISE * torch.randn_like(latents)) - pictures
-        weight = 1 + _OBJECTS * objects
-        loss = ((error.abs() + error.square()) * weight).sum() / (3 * weight.sum())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 100 == 0:
-            recent = sum(losses[-50:]) / 50
-            console.print(f"step {step + 1}/{steps}  loss {recent:.4f}  {time.time() - started:.0f} s")
-    return sum(losses[-50:]) / max(len(losses[-50:]), 1)
+        said = model.decode(latents + _NOISE * torch.randn_like(latents))
+        return distance(said, pictures, 1 + _OBJECTS * objects)
+
+    return loss_at
+
+
+def distance(said: torch.Tensor, pictures: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Absolute plus squared error, a weighted mean over pixels: (B, 3, H, W) twice and (B, 1, H, W)."""
+    error = said - pictures
+    return ((error.abs() + error.square()) * weight).sum() / (3 * weight.sum())
 
 
 @torch.no_grad()

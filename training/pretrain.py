@@ -9,8 +9,6 @@ where LLaVA starts: with a tower that has seen and a language model that has rea
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..data.batch import split_batch
 from ..data.collate import VLMCollator
 from ..data.loader import build_encoder
 from ..data.scenes import SceneConfig, sample
 from ..models.vlm import VisionLanguageModel
+from .fit import fit, group
 from .models import scenes_llava
 
 STREAMS = ("text", "text", "text_caption", "text_skill")
@@ -53,8 +53,9 @@ def train_language_model(
     model = scenes_llava(language_model=None, vision_tower=None, seed=seed)
     decoder: Any = model.hf.model.language_model
     collator = _collator(model, "vicuna_v1", packing=True)
-    groups = [{"params": list(decoder.parameters()), "lr": 2e-3, "weight_decay": 0.01}]
-    loss = _fit(model, groups, _texts(seed, batch_size), collator, steps, console)
+    losses = _losses(model, _texts(seed, batch_size), collator)
+    loss = fit([group(decoder.parameters(), 2e-3, 0.01)], losses, steps, console)
+    model.end_step()
     _save(decoder, out, f"opsin data language-model --steps {steps} --seed {seed}")
     return loss
 
@@ -65,9 +66,10 @@ def train_vision_tower(out: Path, *, steps: int, seed: int, console: Console, ba
     Args, returns: as :func:`train_language_model`.
     """
     model = scenes_llava(language_model=None, vision_tower=None, seed=seed)
-    groups = [{"params": list(model.hf.parameters()), "lr": 3e-3, "weight_decay": 0.0}]
     samples = _captions(seed, batch_size, easy=int(EASY_SHARE * steps))
-    loss = _fit(model, groups, samples, _collator(model, "plain"), steps, console)
+    losses = _losses(model, samples, _collator(model, "plain"))
+    loss = fit([group(model.hf.parameters(), 3e-3)], losses, steps, console)
+    model.end_step()
     _save(model.hf.model.vision_tower, out, f"opsin data vision-tower --steps {steps} --seed {seed}")
     return loss
 
@@ -79,38 +81,20 @@ def _collator(model: VisionLanguageModel, template: str, packing: bool = False) 
     return VLMCollator(encoder, packing=packing)
 
 
-def _fit(
+def _losses(
     model: VisionLanguageModel,
-    groups: list[dict[str, Any]],
     batches: Iterable[list[dict[str, Any]]],
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    steps: int,
-    console: Console,
-) -> float:
-    """AdamW, warm-up of 50 steps, cosine to 2 %; mean loss of the last 50 steps."""
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1.0, (i + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / steps))),
-    )
-    parameters = [p for group in groups for p in group["params"]]
+) -> Callable[[int], Tensor]:
+    """Step -> next-token loss on the next batch."""
+    left = iter(batches)
+
+    def loss_at(step: int) -> Tensor:
+        batch = split_batch(collator(next(left)), None)[0]
+        return model.loss(model(batch), batch)["lm"]
+
     model.train()
-    losses: list[float] = []
-    started = time.time()
-    for step, samples in zip(range(steps), batches, strict=False):
-        batch = split_batch(collator(samples), None)[0]
-        loss = model.loss(model(batch), batch)["lm"]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 50 == 0:
-            recent = sum(losses[-50:]) / 50
-            console.print(f"step {step + 1}/{steps}  loss {recent:.3f}  {time.time() - started:.0f} s")
-    model.end_step()
-    return sum(losses[-50:]) / max(len(losses[-50:]), 1)
+    return loss_at
 
 
 def _save(module: Any, out: Path, made_by: str) -> None:

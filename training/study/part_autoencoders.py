@@ -9,8 +9,6 @@ weigh more than wall and floor. Latents and code vectors have deviation 1 when t
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ...data.scenes import SceneConfig
-from ..autoencoder import _batch
+from ..autoencoder import _batch, distance
+from ..fit import fit, group
 from .part_kinds import SCENE_SEED
 
 OBJECTS = 4.0
@@ -59,7 +58,7 @@ def kl_autoencoder(
             divergence = found.kl() / found.mean[0].numel()  # (B,) sums of diffusers -> means
             return distance(vae.decode(found.sample()).sample, pictures, weight) + kl * divergence.mean()
 
-        fit(vae.parameters(), loss, seed, steps, batch_size, lr, console)
+        _fit(vae.parameters(), loss, seed, steps, batch_size, lr, console)
         vae.eval()
         latents = _held_out(
             lambda pictures: vae.encode(pictures).latent_dist.sample(), seed, steps * batch_size
@@ -105,7 +104,7 @@ def vq_autoencoder(
             used[chosen] = True
             return distance(decode(vq, quantised), pictures, weight) + nearness
 
-        fit(vq.parameters(), loss, seed, steps, batch_size, lr, console)
+        _fit(vq.parameters(), loss, seed, steps, batch_size, lr, console)
         vq.eval()
         standardise(
             vq,
@@ -149,37 +148,17 @@ def _lay(vq: Any, latents: Tensor, kept: Tensor) -> None:
     book.copy_(torch.where(kept[:, None], book, drawn))
 
 
-def distance(said: Tensor, pictures: Tensor, weight: Tensor) -> Tensor:
-    """Absolute plus squared error, a weighted mean over pixels: (B, 3, H, W) twice and (B, 1, H, W)."""
-    error = said - pictures
-    return ((error.abs() + error.square()) * weight).sum() / (3 * weight.sum())
-
-
-def fit(
+def _fit(
     parameters: Iterable[nn.Parameter], loss_of: Callable[[Tensor, Tensor, int], Tensor], seed: int, steps: int,
     batch_size: int, lr: float, console: Console,
 ) -> None:  # fmt: skip
-    """AdamW, warm-up of 50 steps, cosine to 2 %. ``loss_of``: (pictures in [-1, 1], weights of their pixels, step) -> a scalar."""
-    trained = list(parameters)
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1.0, (i + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / steps))),
-    )
-    losses: list[float] = []
-    started = time.time()
-    for step in range(steps):
+    """``loss_of``: (pictures in [-1, 1], weights of their pixels, step) -> a scalar."""
+
+    def loss_at(step: int) -> Tensor:
         pictures, objects = _batch(_PICTURES, SCENE_SEED + seed, step * batch_size, batch_size)
-        loss = loss_of(pictures, 1 + OBJECTS * objects, step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 100 == 0:
-            recent = sum(losses[-50:]) / 50
-            console.print(f"step {step + 1}/{steps}  loss {recent:.4f}  {time.time() - started:.0f} s")
+        return loss_of(pictures, 1 + OBJECTS * objects, step)
+
+    fit([group(parameters, lr)], loss_at, steps, console, betas=(0.9, 0.99))
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from ...data.scenes import COLOURS, SHAPES, SIZES, Scene, SceneConfig, sample, scene
 from ...data.scenes.facts import SceneObject
 from ...models.tiny import IMAGE_MEAN, IMAGE_STD
+from ..fit import fit, group
 
 SCENE_SEED = 1_500_000
 """Added to a part's seed: scenes of seeds that no dataset, no other training and no audit of ours uses."""
@@ -59,13 +59,12 @@ def language_model(
     from transformers import LlamaForCausalLM
 
     from ..models import scenes_llava
-    from ..pretrain import _collator, _fit, _texts
+    from ..pretrain import _collator, _losses, _texts
 
     model = scenes_llava(
         language_model=start, vision_tower=None, hidden_size=hidden_size, heads=heads, seed=seed
     )
     decoder: Any = model.hf.model.language_model
-    groups = [{"params": list(decoder.parameters()), "lr": lr, "weight_decay": 0.01}]
     texts = _texts(SCENE_SEED + seed, batch_size, streams=STREAMS, config=_PICTURES)
     spoken, plain = (_collator(model, template, packing=True) for template in ("vicuna_v1", "plain"))
     number = itertools.count()
@@ -76,7 +75,8 @@ def language_model(
             return plain([s for s in samples if s["meta"]["stream"] == "text_caption"])
         return spoken(samples)
 
-    _fit(model, groups, texts, collate, steps, console)
+    fit([group(decoder.parameters(), lr, 0.01)], _losses(model, texts, collate), steps, console)
+    model.end_step()
     with torch.random.fork_rng(devices=[]):
         whole: Any = LlamaForCausalLM(model.hf.config.text_config)
     whole.model.load_state_dict(decoder.state_dict())
@@ -238,25 +238,8 @@ def _fit_pictures(
     parameters: list[nn.Parameter], loss_of: Callable[[list[Scene], list[str]], Tensor], seed: int, steps: int,
     batch_size: int, lr: float, console: Console,
 ) -> None:  # fmt: skip
-    """AdamW, warm-up of 50 steps, cosine to 2 %."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1.0, (i + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / steps))),
-    )
-    losses: list[float] = []
-    started = time.time()
-    for step, (scenes, texts) in zip(range(steps), _batches(seed, batch_size), strict=False):
-        loss = loss_of(scenes, texts)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 100 == 0:
-            recent = sum(losses[-50:]) / 50
-            console.print(f"step {step + 1}/{steps}  loss {recent:.3f}  {time.time() - started:.0f} s")
+    batches = _batches(seed, batch_size)
+    fit([group(parameters, lr, 0.01)], lambda step: loss_of(*next(batches)), steps, console)
 
 
 KINDS: dict[str, Callable[..., None]] = {

@@ -5,22 +5,30 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from ...data import scenes as scenes_package
+from ...models import tiny, towers
 from ...models.errors import UserError, nearest
 from ...models.packaged import cache_folder
-from .. import autoencoder, pretrain
+from ...models.shipped import shipped_file
+from .. import autoencoder, fit, pretrain
 from . import part_autoencoders, part_kinds
 
 FOLDER, RECORD = "parts", "part.json"
+MADE = 1_577_836_800
+"""Time of every part's files. A run knows a model on disk by sizes and times, and a part that is made anew is the same part."""
+_LIBRARIES = ("torch", "transformers", "timm", "diffusers", "numpy", "pillow")
 
 part_kinds.KINDS.update(part_autoencoders.KINDS)
 
@@ -56,7 +64,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
 def part_folder(given: Mapping[str, Any]) -> Path:
     """Where a part is kept: its name says kind, settings and the code that makes it."""
     options = {k: v for k, v in given.items() if k != "kind"}
-    body = json.dumps([given["kind"], sorted(options.items()), _code(given["kind"]), torch.__version__])
+    body = json.dumps([given["kind"], sorted(options.items()), _code(given["kind"]), _versions()])
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
     return cache_folder() / FOLDER / f"{given['kind']}-{digest}"
 
@@ -98,6 +106,8 @@ def make_parts(parts: Mapping[str, Any], console: Console) -> None:
             finally:
                 torch.set_num_threads(threads)
             (work / RECORD).write_text(json.dumps({"kind": given["kind"], **options}, indent=1) + "\n")
+            for file in work.rglob("*"):
+                os.utime(file, (MADE, MADE))
             if (folder / RECORD).is_file():
                 continue  # another process was quicker: its part is in use
             if folder.is_dir():  # without a record: not whole
@@ -112,11 +122,18 @@ def make_parts(parts: Mapping[str, Any], console: Console) -> None:
 
 
 def _code(kind: str) -> str:
-    """Hash of the sources that decide what a part of this kind is."""
-    files = [Path(inspect.getfile(m)) for m in (part_kinds, pretrain, autoencoder)]
-    files += [Path(inspect.getfile(part_autoencoders))] if kind in part_autoencoders.KINDS else []
+    """Hash of the sources, and of the weights that ship, which decide what a part of this kind is."""
+    modules: list[ModuleType] = [part_kinds, pretrain, autoencoder, fit, tiny, towers]
+    modules += [part_autoencoders] if kind in part_autoencoders.KINDS else []
+    files = [Path(inspect.getfile(m)) for m in modules]
+    files += [shipped_file("language_model")] if kind == "language_model" else []  # what it goes on from
     files += sorted(Path(inspect.getfile(scenes_package)).parent.glob("*.py"))
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _versions() -> list[str]:
+    """Those that decide what weights come out of the same code."""
+    return [f"{name} {version(name)}" for name in _LIBRARIES]
