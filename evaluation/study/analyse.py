@@ -165,7 +165,11 @@ def _endpoint(study: Study, read: Read, endpoint: Endpoint, complete: bool) -> d
         }  # fmt: skip
     rooms = {
         name: floor_and_ceiling(
-            resampled.level(name), _blind(read, endpoint, name), shape.unit, shape.better or 1
+            resampled.level(name),
+            _blind(read, endpoint, name),
+            shape.unit,
+            shape.better or 1,
+            chance=_chance(read, endpoint, name),
         )
         for name, cell in study.cells.items()
         if cell.role == "baseline" or any(other.matched_to == name for other in study.cells.values())
@@ -212,6 +216,14 @@ def _blind(read: Read, endpoint: Endpoint, cell: str) -> float | None:
         if name == cell and value is not None:
             values.append(float(value))
     return statistics.fmean(values) if values else None
+
+
+def _chance(read: Read, endpoint: Endpoint, cell: str) -> float | None:
+    """What guessing among choices scores, for shares of right answers."""
+    if endpoint.measure != "accuracy" or endpoint.kind:
+        return None
+    found = (files.suites.get(endpoint.suite) for (name, _), files in read.runs.items() if name == cell)
+    return next((one.chance for one in found if one is not None), None)
 
 
 def _correct(study: Study, endpoints: list[Endpoint], results: dict[str, Any]) -> None:

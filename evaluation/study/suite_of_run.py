@@ -28,12 +28,14 @@ class SuiteOfRun:
         asked: hash of each question, its gold answer and its id.
         columns: endpoint -> (n, K).
         right: share right of each question (NaN: not judged), for the wall.
+        chance: share right of who guesses among each question's choices; None: some have no choices.
     """
 
     ids: list[str]
     asked: list[int]
     columns: dict[Endpoint, np.ndarray]
     right: np.ndarray
+    chance: float | None = None
 
 
 def suite_of_run(
@@ -66,7 +68,9 @@ def suite_of_run(
         columns[one][at] = part
     right = np.array([np.nan if r["right"] is None else float(r["right"]) for r in records])
     asked = [_digest(f"{r['id']}\0{r['question']}\0{r['gold']}") for r in records]
-    return SuiteOfRun([r["id"] for r in records], asked, columns, right)
+    choices = [len(r.get("choices") or ()) for r in records]
+    chance = float(np.mean([1 / n for n in choices])) if choices and min(choices) > 1 else None
+    return SuiteOfRun([r["id"] for r in records], asked, columns, right, chance)
 
 
 def _judge(

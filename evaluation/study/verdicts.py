@@ -65,7 +65,7 @@ def placebos_of(study: Study, cell: Cell) -> list[str]:
 
 
 def floor_and_ceiling(
-    baseline: Estimate | None, blind: float | None, unit: str, better: int
+    baseline: Estimate | None, blind: float | None, unit: str, better: int, chance: float | None = None
 ) -> dict[str, Any]:
     """Whether the baseline leaves room.
 
@@ -74,6 +74,7 @@ def floor_and_ceiling(
         blind: what the same model scores with another question's picture, mean over seeds; None: not asked.
         unit: of the measure.
         better: 1 or -1.
+        chance: what guessing among the choices scores, which is the floor of what was not asked blind (a suite without pictures).
 
     Returns:
         ``status`` (``judged``, ``floor``, ``ceiling``, ``unknown``: the baseline has no interval), ``why``, ``blind``.
@@ -88,13 +89,14 @@ def floor_and_ceiling(
             "status": "ceiling",
             "why": f"the baseline is at {baseline.value:.3f}, where nothing is left to win",
         }
-    if blind is not None and (baseline.low <= blind or better < 0) and (blind <= baseline.high or better > 0):
+    floor, what = (blind, "what it scores with another picture") if blind is not None else (chance, "chance")
+    if floor is not None and (baseline.low <= floor or better < 0) and (floor <= baseline.high or better > 0):
         return {
             **told,
             "status": "floor",
-            "why": f"the baseline ({baseline.value:.3f}) is no better than what it scores with another picture ({blind:.3f})",
+            "why": f"the baseline ({baseline.value:.3f}) is no better than {what} ({floor:.3f})",
         }
-    if blind is None:
+    if floor is None:
         told["why"] = "not asked blind: whether the baseline is above chance is not known"
     return told
 

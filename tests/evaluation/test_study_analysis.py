@@ -302,6 +302,11 @@ def test_floor_and_ceiling() -> None:
     assert floor_and_ceiling(level(0.3, 0.25, 0.35), 0.5, "share", -1)["status"] == "judged"
     assert floor_and_ceiling(level(1.2, 1.1, 1.3), 2.0, "nats", -1)["status"] == "judged"
     assert floor_and_ceiling(None, 0.2, "share", 1)["status"] == "unknown"
+    # Not asked blind: by chance, where that is known.
+    assert floor_and_ceiling(level(0.3, 0.25, 0.35), None, "share", 1, chance=0.29)["status"] == "floor"
+    assert floor_and_ceiling(level(0.4, 0.35, 0.45), None, "share", 1, chance=0.29)["why"] is None
+    assert floor_and_ceiling(level(0.3, 0.25, 0.35), 0.1, "share", 1, chance=0.29)["status"] == "judged"
+    assert "not known" in floor_and_ceiling(level(0.3, 0.25, 0.35), None, "share", 1)["why"]
 
 
 def test_nothing_is_judged_at_the_floor_and_nothing_claimed_against_holm() -> None:

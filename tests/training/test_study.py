@@ -84,6 +84,7 @@ def test_subsets(subsets: str, count: int) -> None:
         ({"cells": {"x": {"placebo_of": "rosss"}, "ross": {}}}, r"placebo_of: no other cell 'rosss'; did you mean 'ross'"),
         ({"cells": {"x": {"matched_to": "x"}}}, r"matched_to: no other cell 'x'"),
         ({"cells": {"x": {"seeds": 3}}}, r"cells\.x\.seeds: 3: the study has 2"),
+        ({"cells": {"x": {"matched_to": "y"}, "y": {"seeds": 1}}}, r"cells\.x\.seeds: 2, but y, against which it is held, has 1"),
         ({"cells": {"../x": {}}}, "use a plain name"),
         ({"factorial": ["ross"], "cells": {"ross": {}}}, r"cells\.ross: is a cell of the factorial already"),
     ],

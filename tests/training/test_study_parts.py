@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,31 @@ def test_a_finished_part_is_never_made_again_and_an_unfinished_one_never_taken(
     assert trained == ["dense_tower"] and parts.missing_parts(PARTS) == []
     after = load_file(made["teacher"] / "model.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before)  # the same settings give the same part
+
+
+def test_a_part_made_anew_is_the_same_model_to_a_run(made: dict[str, Path]) -> None:
+    from opsin.training.stages import _content
+
+    for folder in made.values():
+        before = _content(str(folder))
+        copy = folder.parent / "made-again"
+        copy.mkdir()
+        for file in folder.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+            os.utime(copy / file.name, (parts.MADE, parts.MADE))
+        assert _content(str(copy))[1] == before[1]
+        shutil.rmtree(copy)
+
+
+def test_what_makes_a_part_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = parts.part_folder(PARTS["language_model"]), parts.part_folder(PARTS["tower"])
+    weights = tmp_path / "scenes_language_model.safetensors"
+    weights.write_bytes(b"others")
+    monkeypatch.setattr(parts, "shipped_file", lambda part: weights)
+    assert parts.part_folder(PARTS["language_model"]) != before[0]
+    assert parts.part_folder(PARTS["tower"]) == before[1]
+    monkeypatch.setattr(parts, "version", lambda name: "0")
+    assert parts.part_folder(PARTS["tower"]) != before[1]
 
 
 def test_other_settings_are_another_part() -> None:

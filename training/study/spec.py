@@ -194,7 +194,21 @@ def grid(config: StudyConfig) -> list[Cell]:
         if method not in known:
             raise UserError(f"study: along.{method}: no cell has it{nearest(method, known)}")
     toggles = sorted({m for cell in given.values() for m in cell.methods})
-    return [_cell(config, name, cell, given, toggles) for name, cell in given.items()]
+    cells = [_cell(config, name, cell, given, toggles) for name, cell in given.items()]
+    _refuse_unmatched(cells)
+    return cells
+
+
+def _refuse_unmatched(cells: Sequence[Cell]) -> None:
+    """A run is held against the one of its own seed, so that one has to be there."""
+    seeds = {cell.name: cell.seeds for cell in cells}
+    for cell in cells:
+        against = cell.matched_to or BASELINE
+        if len(cell.seeds) > len(seeds[against]):
+            raise UserError(
+                f"study: cells.{cell.name}.seeds: {len(cell.seeds)}, but {against}, against which it is held, has "
+                f"{len(seeds[against])}; give both as many"
+            )
 
 
 def _cell(

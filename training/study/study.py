@@ -119,13 +119,17 @@ def begin(
     runs = runs_of(config, out.resolve())
     asked = {given: question_key(given) for given in {r.cell.evaluation for r in runs}}
     equal = same_as(runs)
+    cells = runs[
+        : len({r.cell.name for r in runs})
+    ]  # one run each: a seed changes nothing of what can be wrong
+    for run in cells:
+        run.load()  # what is mistyped is told before parts are trained for minutes
     if made:
         make_parts(config.parts, console)
     waiting = missing_parts(config.parts)
     if waiting:
         console.print(f"parts to train first: {', '.join(waiting)}; cells are checked when they are there")
-    # Every cell once: its seed changes nothing of what can be wrong.
-    for run in runs[: len({r.cell.name for r in runs})] if not waiting else ():
+    for run in cells if not waiting else ():
         refuse_mistakes(run.load(), here=here)
     trained = [r for r in runs if r.cell.name not in equal]
     if made:

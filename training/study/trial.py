@@ -127,7 +127,7 @@ def _show(
         cell = planned.run.cell.name
         for stage in planned.stages:
             steps, cost = steps_of(stage.config, planned.run.seed), costs[cell, stage.name]
-            if stage.identity not in seen or stage is planned.stages[-1]:
+            if stage.identity not in seen:  # cells of a study share whatever stage is equal, the last one too
                 total += cost.of(steps)
             seen.add(stage.identity)
             if (cell, stage.name) not in shown:
