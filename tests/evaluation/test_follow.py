@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from opsin.algorithms.vift import Fusion
 from opsin.data.collate import VLMCollator
 from opsin.data.loader import build_encoder
 from opsin.evaluation.adapter import VLMAdapter
 from opsin.evaluation.asking import ask_suite, together
 from opsin.evaluation.benchmarks.own_scenes import scenes
 from opsin.models.errors import UserError
+from opsin.models.vlm import VisionLanguageModel
 from opsin.training.models import scenes_llava
 
 ASKED: dict[str, Any] = {
@@ -46,6 +48,21 @@ def test_outputs_and_scores_are_those_of_greedy_answers(asked: VLMAdapter, how: 
     first = [[r["output"].split()[:1] for r in one.records] for one in (said, led)]
     assert first[0] == first[1]
     assert len({r["output"] for r in led.records}) > 1
+
+
+@pytest.mark.parametrize("way", ["bidirectional", "fused"])
+def test_also_where_images_see_themselves_or_abilities_are_fused(asked: VLMAdapter, way: str) -> None:
+    model = VisionLanguageModel(
+        asked.model.hf, asked.model.processor, bidirectional_images=way == "bidirectional"
+    )
+    fusion = Fusion(strength=0.7) if way == "fused" else None
+    other = VLMAdapter(model, asked.collator, batch_size=8, fusion=fusion)
+    free, followed = (scenes(mode=mode, **MANY) for mode in ("generate", "follow"))
+    items = free.load()
+    said, led = (ask_suite(other, "scenes", suite, items) for suite in (free, followed))
+    assert [r["right"] for r in said.records] == [r["right"] for r in led.records]
+    plain = ask_suite(asked, "scenes", followed, items)
+    assert any(abs(a["nll"] - b["nll"]) > 1e-4 for a, b in zip(plain.records, led.records, strict=True))
 
 
 def test_the_likelihood_is_that_of_the_right_answer_alone(asked: VLMAdapter) -> None:

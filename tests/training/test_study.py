@@ -85,6 +85,8 @@ def test_subsets(subsets: str, count: int) -> None:
         ({"cells": {"x": {"matched_to": "x"}}}, r"matched_to: no other cell 'x'"),
         ({"cells": {"x": {"seeds": 3}}}, r"cells\.x\.seeds: 3: the study has 2"),
         ({"cells": {"x": {"matched_to": "y"}, "y": {"seeds": 1}}}, r"cells\.x\.seeds: 2, but y, against which it is held, has 1"),
+        ({"factorial_seeds": 1}, "factorial_seeds: there is no factorial"),
+        ({"factorial": ["ross"], "factorial_seeds": 3}, r"cells\.ross\.seeds: 3: the study has 2"),
         ({"cells": {"../x": {}}}, "use a plain name"),
         ({"factorial": ["ross"], "cells": {"ross": {}}}, r"cells\.ross: is a cell of the factorial already"),
     ],

@@ -53,7 +53,7 @@ class StudyConfig:
     """A study's YAML.
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
-    every subset is a cell. ``along``: method -> YAMLs and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
+    every subset is a cell, ``factorial_seeds``: of these cells, fewer than the study's, from the first. ``along``: method -> YAMLs and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
     was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
     share, trained before them (``part_kinds``); ``${variables.NAME}`` is the folder of part NAME. ``check``: what must hold before
     any cell is trained. ``power``: what is assumed about noise, for the plan.
@@ -64,6 +64,7 @@ class StudyConfig:
     base: list[str] = field(default_factory=list)
     set: list[str] = field(default_factory=list)
     factorial: list[str] = field(default_factory=list)
+    factorial_seeds: int | None = None
     along: dict[str, list[str]] = field(default_factory=dict)
     cells: dict[str, CellConfig] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [17, 18, 19])
@@ -178,7 +179,9 @@ def grid(config: StudyConfig) -> list[Cell]:
     given: dict[str, CellConfig] = {BASELINE: CellConfig(role="baseline")}
     for size in range(1, len(config.factorial) + 1):
         for chosen in itertools.combinations(sorted(config.factorial), size):
-            given["+".join(chosen)] = CellConfig(methods=list(chosen), role="factorial")
+            given["+".join(chosen)] = CellConfig(
+                methods=list(chosen), role="factorial", seeds=config.factorial_seeds
+            )
     for name, cell in config.cells.items():
         if name in given and name != BASELINE:
             raise UserError(f"study: cells.{name}: is a cell of the factorial already")
@@ -189,6 +192,8 @@ def grid(config: StudyConfig) -> list[Cell]:
         refuse_check(config.check, given, config.primary is not None)
     if config.power is not None:
         refuse_power(config.power, config.primary is not None)
+    if config.factorial_seeds is not None and not config.factorial:
+        raise UserError("study: factorial_seeds: there is no factorial")
     for method in config.along:
         known = {m for cell in given.values() for m in cell.methods}
         if method not in known:
