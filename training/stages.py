@@ -145,13 +145,12 @@ def _content(value: Any) -> Any:
     if path.is_file():
         return [value, _digest(path)]
     if (path / "config.json").is_file():
-        files = sorted(p for p in path.iterdir() if p.is_file())
-        # Weights are large: their size and time of change stand for them.
-        return [value, [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+        return [value, [[p.name, _digest(p)] for p in sorted(path.iterdir()) if p.is_file()]]
     return value
 
 
 def _digest(path: Path) -> str:
+    """Of what is in a file; of a large one its size and time of change."""
     if path.stat().st_size > 1 << 26:
         return f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
     return hashlib.blake2b(path.read_bytes(), digest_size=10).hexdigest()

@@ -114,11 +114,12 @@ class ViFT(VisionAlgorithm):
         """
         where = f"algorithms.{self.name}"
         self._dataset, self.streams, self.kinds = dataset, dataset.stream_names, dataset.stream_kinds
+        own = dataset.mixture_spec
         for name, kind in zip(self.streams, self.kinds, strict=True):
-            if kind == "instruction":
+            if kind == "instruction" and self._may_come(name, own):
                 raise UserError(
                     f"{where}: dataset.streams.{name} is of kind instruction, and ViFT trains on no questions about pictures; "
-                    "leave it out, or take its captions and text with `opsin data split-vift`"
+                    "leave it out, give it weight 0, or take its captions and text with `opsin data split-vift`"
                 )
         for rule in self.rules:
             rule.check(self.streams, where)
@@ -129,7 +130,6 @@ class ViFT(VisionAlgorithm):
                 )
             self._single = True
             return
-        own = dataset.mixture_spec
         spec = self.mixture if self.mixture is not None else own or {"weights": self._natural(dataset)}
         batches = self.batches or spec.get("batches") or (own or {}).get("batches") or "single"
         wanted = {"duration": duration, **spec, "batches": batches}
@@ -152,6 +152,15 @@ class ViFT(VisionAlgorithm):
             )
             raise UserError(text) from error
         self._single = batches == "single"
+
+    def _may_come(self, stream: str, own: Mapping[str, Any] | None) -> bool:
+        """Whether a stream has a weight at any time, by the mixture in force or by a rule."""
+        spec = own if self.mixture is None else self.mixture
+        if not spec:
+            return True
+        asked = [phase.get("weights") or {} for phase in spec.get("phases") or [spec]]
+        asked += [rule.weights for rule in self.rules]
+        return any(weights.get(stream, 0) for weights in asked)
 
     @staticmethod
     def _natural(dataset: StreamingVLMDataset) -> dict[str, float]:

@@ -155,7 +155,7 @@ def room_table(found: Found) -> Markup:
             span = low if low == high else f"{low} to {high}"
         cells = [
             words.level(level, result["unit"]) if level else NOTHING,
-            NOTHING if room["blind"] is None else plain(room["blind"]),
+            _floor(room),
             join(GREYED.get(room["status"], "there is room"), tag("small", room["why"], class_="wrapped") if room["why"] else None),
             count(level["n"]) if level else NOTHING,
             join(count(level["pictures"]) if level else NOTHING, " ", result["resampled"]),
@@ -176,6 +176,13 @@ def room_table(found: Found) -> Markup:
             )
         )
     return table("Endpoints: what they rest on", head, tag("tbody", *rows))
+
+
+def _floor(room: Mapping[str, Any]) -> Markup | str:
+    """What who does not look scores: asked with another picture, else by chance."""
+    if room["blind"] is not None:
+        return plain(room["blind"])
+    return NOTHING if room["chance"] is None else join(plain(room["chance"]), tag("small", "chance"))
 
 
 def prior_table(found: Found) -> Markup | None:

@@ -77,9 +77,9 @@ def floor_and_ceiling(
         chance: what guessing among the choices scores, which is the floor of what was not asked blind (a suite without pictures).
 
     Returns:
-        ``status`` (``judged``, ``floor``, ``ceiling``, ``unknown``: the baseline has no interval), ``why``, ``blind``.
+        ``status`` (``judged``, ``floor``, ``ceiling``, ``unknown``: the baseline has no interval), ``why``, ``blind``, ``chance``.
     """
-    told: dict[str, Any] = {"status": "judged", "why": None, "blind": blind}
+    told: dict[str, Any] = {"status": "judged", "why": None, "blind": blind, "chance": chance}
     if baseline is None or baseline.value is None or baseline.low is None or baseline.high is None:
         return {**told, "status": "unknown", "why": "the baseline has no interval here"}
     level = baseline.value if better > 0 else 1 - baseline.value

@@ -61,6 +61,9 @@ def test_also_where_images_see_themselves_or_abilities_are_fused(asked: VLMAdapt
     items = free.load()
     said, led = (ask_suite(other, "scenes", suite, items) for suite in (free, followed))
     assert [r["right"] for r in said.records] == [r["right"] for r in led.records]
+    assert {r["right"] for r in led.records} == {True, False}
+    first = [[r["output"].split()[:1] for r in one.records] for one in (said, led)]
+    assert first[0] == first[1]
     plain = ask_suite(asked, "scenes", followed, items)
     assert any(abs(a["nll"] - b["nll"]) > 1e-4 for a, b in zip(plain.records, led.records, strict=True))
 

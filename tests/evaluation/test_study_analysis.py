@@ -19,7 +19,7 @@ from opsin.evaluation.study.folder import Cell
 from opsin.evaluation.study.verdicts import floor_and_ceiling, verdict
 from opsin.models.errors import UserError
 
-from studies import StudyMaker, cell
+from studies import StudyMaker, cell, suite_items
 
 PAIRS = {"minimal_pairs": 300}
 KEY = "minimal_pairs/pair_accuracy"
@@ -186,6 +186,29 @@ def test_one_seed_says_so_in_every_row(tmp_path: Path) -> None:
     assert any("one seed" in alarm for alarm in found["alarms"])
     assert "whether the baseline is above chance is not known" in found["endpoints"][KEY]["room"]["why"]
     assert row["difference"]["variance"]["seed"] == 0
+
+
+@pytest.mark.parametrize("base", [0.3, 0.8])
+def test_not_asked_blind_a_share_is_held_against_chance(tmp_path: Path, base: float) -> None:
+    maker = StudyMaker(
+        tmp_path, [cell("baseline", (), "baseline"), cell("l2t", ["l2t"])], {"text": 60},
+        primary=("text", "accuracy"), secondary=[("text", "nll")], blind=None, base=base,
+    )  # fmt: skip
+    choices = [len(item.choices) for item in suite_items("text", 60)]
+    expected = sum(1 / n for n in choices) / len(choices)
+    assert min(choices) > 1
+    found = analyse(tmp_path)
+    room = found["endpoints"]["text/accuracy"]["room"]
+    assert room["chance"] == pytest.approx(expected) and room["blind"] is None
+    assert room["status"] == ("judged" if base > 0.5 else "floor")
+    assert found["endpoints"]["text/nll"]["room"]["chance"] is None
+    # One question with free answers, and chance is not known.
+    for run in (maker.folder / "cells").iterdir():
+        lines = (run / "predictions.jsonl").read_text().splitlines()
+        first = json.loads(lines[0])
+        first["choices"] = []
+        (run / "predictions.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    assert analyse(tmp_path)["endpoints"]["text/accuracy"]["room"]["chance"] is None
 
 
 def test_other_questions_are_left_out_and_told(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,18 +96,18 @@ def test_a_finished_part_is_never_made_again_and_an_unfinished_one_never_taken(
     assert all(torch.equal(before[k], after[k]) for k in before)  # the same settings give the same part
 
 
-def test_a_part_made_anew_is_the_same_model_to_a_run(made: dict[str, Path]) -> None:
+def test_a_run_knows_a_part_by_what_is_in_it(made: dict[str, Path], tmp_path: Path) -> None:
     from opsin.training.stages import _content
 
     for folder in made.values():
-        before = _content(str(folder))
-        copy = folder.parent / "made-again"
-        copy.mkdir()
-        for file in folder.iterdir():
-            (copy / file.name).write_bytes(file.read_bytes())
-            os.utime(copy / file.name, (parts.MADE, parts.MADE))
-        assert _content(str(copy))[1] == before[1]
-        shutil.rmtree(copy)
+        again = tmp_path / folder.name
+        shutil.copytree(folder, again, copy_function=shutil.copyfile)  # with other times
+        assert _content(str(again))[1] == _content(str(folder))[1]
+        weights = again / "model.safetensors"
+        body = bytearray(weights.read_bytes())
+        body[-1] ^= 1
+        weights.write_bytes(body)
+        assert _content(str(again))[1] != _content(str(folder))[1]
 
 
 def test_what_makes_a_part_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +117,13 @@ def test_what_makes_a_part_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(parts, "shipped_file", lambda part: weights)
     assert parts.part_folder(PARTS["language_model"]) != before[0]
     assert parts.part_folder(PARTS["tower"]) == before[1]
+    given = {
+        "language_model": "chat",
+        "tower": "timm_maps",
+        "teacher": "fit",
+    }  # one module of those that each rests on
+    for name, module in given.items():
+        assert module in {m.__name__.rpartition(".")[2] for m in parts.modules_of(PARTS[name]["kind"])}
     monkeypatch.setattr(parts, "version", lambda name: "0")
     assert parts.part_folder(PARTS["tower"]) != before[1]
 

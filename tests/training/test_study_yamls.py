@@ -112,6 +112,17 @@ def test_every_cell_is_a_run_that_would_start(name: str) -> None:
         assert run.arguments == [ours[theirs.index(a)] if a in theirs else a for a in before.arguments]
 
 
+@pytest.mark.parametrize("name", ["default", "vift"])
+def test_vift_is_never_given_questions_about_pictures(name: str) -> None:
+    cells = [one for one in looked(f"studies/{name}.yaml") if "vift" in one.cell.methods]
+    assert cells
+    for one in cells:
+        dataset = one.loaded.run.stages["instruct"]["train_loader"]["dataset"]
+        weights = dataset["mixture"]["weights"]
+        kinds = {k: s["kind"] for k, s in dataset["streams"].items()}
+        assert {"caption", "text"} == {kinds[k] for k, weight in weights.items() if weight}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_measured_is_asked(name: str) -> None:
     config = load_study([f"studies/{name}.yaml"])

@@ -239,6 +239,8 @@ def test_data_that_break_the_promise_are_refused_before_training(
 ) -> None:
     wrong = (
         ({"streams": streams(data, "captions", "questions")}, {}, "dataset.streams.questions is of kind instruction"),
+        ({"streams": streams(data, "captions", "questions"), "mixture": {"weights": {"captions": 1, "questions": 0.1}}}, {}, "dataset.streams.questions is of kind instruction"),
+        ({"streams": streams(data, "captions", "questions")}, {"mixture": {"phases": [{"start": "0ba", "weights": {"captions": 1}}, {"start": "1ba", "weights": {"questions": 1}}]}}, "dataset.streams.questions is of kind instruction"),
         ({"streams": streams(data, "captions", "text", text={"kind": "txt"})}, {}, "did you mean 'text'"),
         ({"streams": streams(data, "captions", "text", text={"weight": 1})}, {}, "captions: it has no weight"),
         ({}, {"mixture": {"weights": {"caption": 1}}}, "algorithms.vift.mixture.weights.caption: no such stream"),
@@ -259,6 +261,9 @@ def test_check_says_what_training_would(tmp_path: Path, scenes: str, data: dict)
     console = Console(quiet=True)
     good = changes("check", data, {"mixture": {"weights": {"captions": 2, "text": 1}}})
     check(runs.loaded(tmp_path, scenes, **good), console)
+    silent = {"mixture": {"weights": {"captions": 2, "text": 1, "questions": 0}}}
+    unasked = changes("check", data, {}, streams=streams(data, "captions", "text", "questions"), **silent)
+    check(runs.loaded(tmp_path, scenes, **unasked), console)
     bad = changes("check", data, {}, streams=streams(data, "text", "questions"))
     with pytest.raises(UserError, match=r"algorithms\.vift.*kind instruction"):
         check(runs.loaded(tmp_path, scenes, **bad), console)

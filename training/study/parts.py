@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,17 +16,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ...algorithms.ross.targets import patches
+from ...data import chat, collate, encode, packing, pieces
 from ...data import scenes as scenes_package
-from ...models import tiny, towers
+from ...models import net, timm_maps, tiny, towers, vlm
 from ...models.errors import UserError, nearest
 from ...models.packaged import cache_folder
 from ...models.shipped import shipped_file
 from .. import autoencoder, fit, pretrain
+from .. import models as training_models
 from . import part_autoencoders, part_kinds
 
 FOLDER, RECORD = "parts", "part.json"
-MADE = 1_577_836_800
-"""Time of every part's files. A run knows a model on disk by sizes and times, and a part that is made anew is the same part."""
 _LIBRARIES = ("torch", "transformers", "timm", "diffusers", "numpy", "pillow")
 
 part_kinds.KINDS.update(part_autoencoders.KINDS)
@@ -64,7 +64,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
 def part_folder(given: Mapping[str, Any]) -> Path:
     """Where a part is kept: its name says kind, settings and the code that makes it."""
     options = {k: v for k, v in given.items() if k != "kind"}
-    body = json.dumps([given["kind"], sorted(options.items()), _code(given["kind"]), _versions()])
+    body = json.dumps([given["kind"], sorted(options.items()), _code(given), _versions()])
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
     return cache_folder() / FOLDER / f"{given['kind']}-{digest}"
 
@@ -106,8 +106,6 @@ def make_parts(parts: Mapping[str, Any], console: Console) -> None:
             finally:
                 torch.set_num_threads(threads)
             (work / RECORD).write_text(json.dumps({"kind": given["kind"], **options}, indent=1) + "\n")
-            for file in work.rglob("*"):
-                os.utime(file, (MADE, MADE))
             if (folder / RECORD).is_file():
                 continue  # another process was quicker: its part is in use
             if folder.is_dir():  # without a record: not whole
@@ -121,16 +119,28 @@ def make_parts(parts: Mapping[str, Any], console: Console) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _code(kind: str) -> str:
-    """Hash of the sources, and of the weights that ship, which decide what a part of this kind is."""
-    modules: list[ModuleType] = [part_kinds, pretrain, autoencoder, fit, tiny, towers]
-    modules += [part_autoencoders] if kind in part_autoencoders.KINDS else []
-    files = [Path(inspect.getfile(m)) for m in modules]
-    files += [shipped_file("language_model")] if kind == "language_model" else []  # what it goes on from
+def modules_of(kind: str) -> list[ModuleType]:
+    """Sources that decide what a part of this kind is, beside those of the scenes."""
+    found: list[ModuleType] = [part_kinds, fit, tiny]
+    if kind == "language_model":
+        found += [pretrain, training_models, vlm, net, collate, encode, pieces, chat, packing]
+    elif kind == "context_tower":
+        found += [towers, timm_maps]
+    elif kind in ("autoencoder", *part_autoencoders.KINDS):
+        found += [autoencoder, patches, part_autoencoders]
+    return found
+
+
+def _code(given: Mapping[str, Any]) -> str:
+    """Hash of the sources of a part, and of the weights from which it goes on."""
+    kind = given["kind"]
+    files = [Path(inspect.getfile(m)) for m in modules_of(kind)]
     files += sorted(Path(inspect.getfile(scenes_package)).parent.glob("*.py"))
+    if kind == "language_model" and (start := given.get("start", "shipped")):
+        files.append(shipped_file(kind) if start == "shipped" else Path(start))
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        digest.update(file.name.encode() + b"\0" + (file.read_bytes() if file.is_file() else b"") + b"\0")
     return digest.hexdigest()
 
 

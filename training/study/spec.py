@@ -210,8 +210,9 @@ def _refuse_unmatched(cells: Sequence[Cell]) -> None:
     for cell in cells:
         against = cell.matched_to or BASELINE
         if len(cell.seeds) > len(seeds[against]):
+            key = "factorial_seeds" if cell.role == "factorial" else f"cells.{cell.name}.seeds"
             raise UserError(
-                f"study: cells.{cell.name}.seeds: {len(cell.seeds)}, but {against}, against which it is held, has "
+                f"study: {key}: {len(cell.seeds)}, but {against}, against which it is held, has "
                 f"{len(seeds[against])}; give both as many"
             )
 
@@ -227,7 +228,8 @@ def _cell(
         if other is not None and (other not in given or other == name):
             raise UserError(f"study: cells.{name}.{key}: no other cell '{other}'{nearest(other, given)}")
     if cell.seeds is not None and not 1 <= cell.seeds <= len(config.seeds):
-        raise UserError(f"study: cells.{name}.seeds: {cell.seeds}: the study has {len(config.seeds)}")
+        key = "factorial_seeds" if cell.role == "factorial" else f"cells.{name}.seeds"
+        raise UserError(f"study: {key}: {cell.seeds}: the study has {len(config.seeds)}")
     along = [given for method in sorted(cell.methods) for given in config.along.get(method, ())]
     on = [f"algorithms.{m}={'true' if m in cell.methods else 'false'}" for m in toggles]
     return Cell(

@@ -122,13 +122,15 @@ def begin(
     cells = runs[
         : len({r.cell.name for r in runs})
     ]  # one run each: a seed changes nothing of what can be wrong
-    for run in cells:
-        run.load()  # what is mistyped is told before parts are trained for minutes
+    for run in cells:  # what is mistyped is told before parts are trained for minutes
+        refuse_mistakes(run.load(), here=False)
     if made:
         make_parts(config.parts, console)
     waiting = missing_parts(config.parts)
     if waiting:
-        console.print(f"parts to train first: {', '.join(waiting)}; cells are checked when they are there")
+        console.print(
+            f"parts to train first: {', '.join(waiting)}; cells are looked at again when they are there"
+        )
     for run in cells if not waiting else ():
         refuse_mistakes(run.load(), here=here)
     trained = [r for r in runs if r.cell.name not in equal]

@@ -21,7 +21,7 @@ from ..evaluate import evaluate_model, read_items
 from ..schema import StageConfig
 from ..stage_data import build_dataset
 from ..train import train
-from .executor import Planned
+from .executor import Planned, finished
 
 SHORT, LONG, ASKED = 3, 13, 64
 """Steps of the two trainings from which start and step are told apart; questions of each suite."""
@@ -122,7 +122,8 @@ def _show(
     table = Table(title="cost", title_justify="left", show_edge=False)
     for column in ("cell", "stage", "steps", "seconds a step", "seconds"):
         table.add_column(column, justify="left" if column in ("cell", "stage") else "right")
-    total, seen, shown = 0.0, set(), set()
+    total, shown = 0.0, set()
+    seen = {s.identity for p in plans for s in p.stages if finished(p.run, s)}
     for planned in plans:
         cell = planned.run.cell.name
         for stage in planned.stages:
