@@ -15,7 +15,7 @@ from rich.console import Console
 
 from opsin.models.errors import UserError
 from opsin.training.check import refuse_mistakes
-from opsin.training.config import Loaded
+from opsin.training.config import Loaded, to_plain
 from opsin.training.eval_config import load_suites
 from opsin.training.stages import resolve
 from opsin.training.study.runs import Run, runs_of
@@ -117,7 +117,8 @@ def test_vift_is_never_given_questions_about_pictures(name: str) -> None:
     cells = [one for one in looked(f"studies/{name}.yaml") if "vift" in one.cell.methods]
     assert cells
     for one in cells:
-        dataset = one.loaded.run.stages["instruct"]["train_loader"]["dataset"]
+        stage = next(s for s in resolve(one.loaded) if s.name == "instruct")
+        dataset = to_plain(stage.config.train_loader.dataset)
         weights = dataset["mixture"]["weights"]
         kinds = {k: s["kind"] for k, s in dataset["streams"].items()}
         assert {"caption", "text"} == {kinds[k] for k, weight in weights.items() if weight}
