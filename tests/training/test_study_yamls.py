@@ -206,3 +206,7 @@ def test_a_misspelt_key_of_a_cell_is_named(key: str, message: str, tmp_path: Pat
     with pytest.raises(UserError, match=message) as refused:
         refuse_mistakes(run.load(), here=False)
     assert "\n" not in str(refused.value)
+    # And told before parts are trained for minutes.
+    with pytest.raises(UserError, match=message):
+        run_study(config, Path("study"), jobs=1, plan_only=False, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "cache" / "parts").exists()

@@ -53,8 +53,9 @@ class StudyConfig:
     """A study's YAML.
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
-    every subset is a cell, ``factorial_seeds``: of these cells, fewer than the study's, from the first. ``along``: method -> YAMLs and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs of ``opsin eval``. ``primary``: the endpoint that
-    was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
+    every subset is a cell; ``factorial_seeds``: how many seeds these have, from the first (None: all). ``along``: method -> YAMLs
+    and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs of
+    ``opsin eval``. ``primary``: the endpoint that was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
     share, trained before them (``part_kinds``); ``${variables.NAME}`` is the folder of part NAME. ``check``: what must hold before
     any cell is trained. ``power``: what is assumed about noise, for the plan.
     """

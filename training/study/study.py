@@ -119,20 +119,18 @@ def begin(
     runs = runs_of(config, out.resolve())
     asked = {given: question_key(given) for given in {r.cell.evaluation for r in runs}}
     equal = same_as(runs)
-    cells = runs[
-        : len({r.cell.name for r in runs})
-    ]  # one run each: a seed changes nothing of what can be wrong
-    for run in cells:  # what is mistyped is told before parts are trained for minutes
-        refuse_mistakes(run.load(), here=False)
-    if made:
-        make_parts(config.parts, console)
+    # One run of each cell: its seed changes nothing of what can be wrong.
+    cells = runs[: len({r.cell.name for r in runs})]
     waiting = missing_parts(config.parts)
+    _refuse(cells, here and not waiting)  # what is mistyped is told before parts are trained for minutes
+    if waiting and made:
+        make_parts(config.parts, console)
+        _refuse(cells, here)
+        waiting = []
     if waiting:
         console.print(
             f"parts to train first: {', '.join(waiting)}; cells are looked at again when they are there"
         )
-    for run in cells if not waiting else ():
-        refuse_mistakes(run.load(), here=here)
     trained = [r for r in runs if r.cell.name not in equal]
     if made:
         for loaded in {str(r.load().run.prepare): r.load() for r in trained}.values():
@@ -143,6 +141,11 @@ def begin(
     if config.check is not None and not waiting:
         refuse_unasked(work, config.check)
     return work
+
+
+def _refuse(cells: Sequence[Run], here: bool) -> None:
+    for run in cells:
+        refuse_mistakes(run.load(), here=here)
 
 
 def refuse_endpoints(config: StudyConfig, out: Path) -> None:
