@@ -75,6 +75,11 @@ class Wanted:
         return f"{self.provenance.where(path)}: {'.'.join(path)}"
 
 
+def suites_of(given: Sequence[str]) -> Wanted:
+    """:func:`load_suites` of YAMLs and ``key=value`` in one list, as a study's ``evaluation:`` has them."""
+    return load_suites([g for g in given if "=" not in g], [g for g in given if "=" in g])
+
+
 def load_suites(files: Sequence[str], arguments: Sequence[str] = ()) -> Wanted:
     """Read the YAML of an evaluation; see ``config.merged``.
 

@@ -146,24 +146,41 @@ def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: i
     board = _Board(list(plans), lambda run, answer: told.append(run.name))
     import opsin.training.study.executor as executor
 
-    stock, executor.finished = executor.finished, lambda run, stage: True
+    there: set[str] = set()
+    stock, executor.finished = executor.finished, lambda run, stage: stage.identity in there
     working: list[Planned] = []
     try:
         while board.waiting or working:
             # Only take while something can be taken: a single thread must not wait for itself.
-            free = [p for p in board.waiting if not any(s.identity in board.making for s in p.stages)]
+            free = [p for p in board.waiting if not any(s.identity in {*board.making} - there for s in p.stages)]
             if len(working) < hands and free:
                 taken = board.take()
-                assert taken is not None
-                for one in (stage.identity for stage in taken.stages):
-                    assert one in board.made or not any(one == s.identity for p in working for s in p.stages)
+                assert taken is free[0], "the first that need not wait"
+                left = {stage.identity for stage in taken.stages} - there
+                assert not any(s.identity in left for p in working for s in p.stages)
                 working.append(taken)
                 continue
-            ended = working.pop(chance.randrange(len(working)))
-            board.give(ended, {"status": "done"})
+            one = chance.choice(working)
+            todo = [s.identity for s in one.stages if s.identity not in there]
+            if todo:  # a stage at a time, so that others may go on from the first one
+                there.add(todo[0])
+            else:
+                working.remove(one)
+                board.give(one, {"status": "done"})
     finally:
         executor.finished = stock
     assert sorted(told) == sorted(p.run.name for p in plans) and not board.making
+
+
+def test_who_takes_nothing_from_others_does_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_ = [Run(Cell(name, (), (), (), "single", (1,)), 1, Path("nowhere"), ()) for name in "abc"]
+    plans = [Planned(run, [Stage("s")], "", shares) for run, shares in zip(runs_, (True, False, True), strict=True)]  # type: ignore[list-item]
+    board = _Board(list(plans), lambda run, answer: None)
+    assert board.take() is plans[0] and board.take() is plans[1]
+    monkeypatch.setattr("opsin.training.study.executor.finished", lambda run, stage: run is runs_[0])
+    board.give(plans[1], {"status": "done"})
+    assert "s" in board.making, "made by the first one, whoever else made it for itself"
+    assert board.take() is plans[2], "as soon as the stage is there, before that run ends"
 
 
 def test_nobody_waits_for_a_run_whose_end_could_not_be_told() -> None:
@@ -249,7 +266,7 @@ def test_cells_that_are_asked_in_their_own_way_are_trained_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = {
-        "base": [str(base / "base.yaml")], "seeds": [17], "evaluation": [str(base / "suites.yaml")],
+        "base": [str(base / "base.yaml")], "seeds": [17], "evaluation": [str(base / "suites.yaml"), "limit=20"],
         "cells": {"asked": {"evaluation": ["blind=false"]}},
     }  # fmt: skip
     file, out = tmp_path / "s.yaml", tmp_path / "study"
@@ -259,6 +276,8 @@ def test_cells_that_are_asked_in_their_own_way_are_trained_once(
     cli.main()
     cells = study_cells(out)
     assert {c["status"] for c in cells.values()} == {"done"}
+    asked = (out / "cells" / "baseline-17" / "predictions.jsonl").read_text().splitlines()
+    assert len([one for one in asked if json.loads(one)["suite"] == "scenes"]) == 20
     last = json.loads((out / "runs" / "asked-17" / "stages" / "instruct" / "done.json").read_text())
     assert "baseline-17" in last["taken_from"]
     scores = {

@@ -11,7 +11,7 @@ from typing import Any
 from ... import __version__
 from ...models.errors import UserError, nearest
 from ..config import to_plain
-from ..eval_config import load_suites
+from ..eval_config import suites_of
 from .check_config import CheckConfig, cell_of, targets_of
 from .lines import CHECK, Line, as_table, failed, read_check, write_check
 from .part_lines import method_of, part_lines
@@ -46,7 +46,7 @@ def refuse_unasked(work: Work, check: CheckConfig) -> None:
 
 
 def _asked(key: str, suite: str, work: Work) -> None:
-    known = list(load_suites(work.config.evaluation).suites)
+    known = list(suites_of(work.config.evaluation).suites)
     if suite not in known:
         raise UserError(f"study: {key}: the evaluation has no suite '{suite}'{nearest(suite, known)}")
 

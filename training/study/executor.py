@@ -17,16 +17,23 @@ from ..run_folder import RunFolder, write_atomically
 from ..stages import Stage
 from .runs import RECORD, Run
 
+LOOK = 2.0
+"""Seconds between two looks at whether a stage that others wait for is there."""
+
 Told = Callable[[Run, dict[str, Any]], None]
 
 
 @dataclass
 class Planned:
-    """A run with the stages that it is made of, and the hash under which its result counts."""
+    """A run with the stages that it is made of, and the hash under which its result counts.
+
+    ``shares``: it takes stages from other runs (``reuse_stages``).
+    """
 
     run: Run
     stages: list[Stage]
     identity: str
+    shares: bool = True
 
 
 @dataclass
@@ -35,7 +42,7 @@ class _Board:
 
     waiting: list[Planned]
     told: Told
-    making: dict[str, str] = field(default_factory=dict)
+    making: dict[str, Planned] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     broken: list[BaseException] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -44,15 +51,24 @@ class _Board:
         """The first run none of whose stages somebody else is making now; waits for one; None: there is none left."""
         with self.changed:
             while self.waiting:
+                self._look()
                 for planned in self.waiting:
                     shared = [s.identity for s in planned.stages if s.identity not in self.made]
-                    if any(s in self.making for s in shared):
+                    if planned.shares and any(s in self.making for s in shared):
                         continue
                     self.waiting.remove(planned)
-                    self.making.update(dict.fromkeys(shared, planned.run.name))
+                    for one in shared:
+                        self.making.setdefault(one, planned)
                     return planned
-                self.changed.wait()
+                self.changed.wait(LOOK)
             return None
+
+    def _look(self) -> None:
+        """A first stage is there for others while the run that made it goes on with its next one."""
+        for one, maker in list(self.making.items()):
+            if any(s.identity == one and finished(maker.run, s) for s in maker.stages):
+                self.made.add(one)
+                del self.making[one]
 
     def give(self, planned: Planned, answer: dict[str, Any]) -> None:
         """A run ended; its stages are there for others, if it got so far."""
@@ -61,13 +77,13 @@ class _Board:
                 self._give(planned, answer)
             finally:  # whatever went wrong here, nobody must wait for these stages
                 for stage in planned.stages:
-                    if self.making.get(stage.identity) == planned.run.name:
+                    if self.making.get(stage.identity) is planned:
                         del self.making[stage.identity]
                 self.changed.notify_all()
 
     def _give(self, planned: Planned, answer: dict[str, Any]) -> None:
         for stage in planned.stages:
-            mine = self.making.get(stage.identity) == planned.run.name
+            mine = self.making.get(stage.identity) is planned
             if mine and finished(planned.run, stage):
                 self.made.add(stage.identity)
         self.told(planned.run, answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...evaluation.records import prediction
 from ...evaluation.study.pictures import Units
 from ...evaluation.study.power import planned
-from ..eval_config import load_suites
+from ..eval_config import suites_of
 from .spec import BASELINE
 from .work import Work
 
@@ -30,6 +30,6 @@ def reach(work: Work) -> str:
 
 def pictures_asked(work: Work, suite: str) -> int:
     """Pictures of a suite, or pairs and whatever else its analysis will resample as one."""
-    wanted = load_suites(work.config.evaluation)
+    wanted = suites_of(work.config.evaluation)
     items = list(wanted.suites[suite].load())[: wanted.config.limit]
     return len(Units([prediction(suite, item, "") for item in items], wanted.suites[suite].scorer.name, {}))

@@ -14,7 +14,7 @@ from rich.table import Table
 from ...evaluation.study.pictures import keep_suites
 from ...models.errors import UserError, nearest
 from ..check import refuse_mistakes
-from ..eval_config import load_suites
+from ..eval_config import suites_of
 from ..prepare import prepare
 from ..run_folder import refuse_unwritable
 from ..stages import resolve
@@ -154,8 +154,7 @@ def refuse_endpoints(config: StudyConfig, out: Path) -> None:
     Raises:
         UserError: names the nearest suite, or what was fixed.
     """
-    yamls, arguments = ([f for f in config.evaluation if ("=" in f) == given] for given in (False, True))
-    suites = load_suites(yamls, arguments).suites
+    suites = suites_of(config.evaluation).suites
     for key, one in (("primary", config.primary), *(("secondary", e) for e in config.secondary)):
         if one is not None and one.suite not in suites:
             raise UserError(
@@ -177,7 +176,7 @@ def refuse_endpoints(config: StudyConfig, out: Path) -> None:
 
 def keep_pictures(work: Work) -> None:
     """Keep the pictures of what is asked beside the study: they tell which questions hang together."""
-    wanted = load_suites(work.config.evaluation)
+    wanted = suites_of(work.config.evaluation)
     keep_suites(work.out, wanted.suites, wanted.config.limit)
 
 
@@ -185,14 +184,15 @@ def question_key(files: Sequence[str]) -> str:
     """What is asked, as one text: results of other questions are other results."""
     from ..config import to_plain
 
-    wanted = load_suites([f for f in files if "=" not in f], [f for f in files if "=" in f])
+    wanted = suites_of(files)
     return str(sorted(to_plain(wanted.config).items()))
 
 
 def planned(run: Run, asked: str) -> Planned:
     """A run with its stages, once its data is there."""
-    stages = resolve(run.load())
-    return Planned(run, stages, identity(stages, asked))
+    loaded = run.load()
+    stages = resolve(loaded)
+    return Planned(run, stages, identity(stages, asked), loaded.run.reuse_stages)
 
 
 def show_plan(work: Work, missing: Sequence[Planned]) -> None:
@@ -212,7 +212,7 @@ def show_plan(work: Work, missing: Sequence[Planned]) -> None:
     console.print(table)
     for name, (_, why) in equal.items():
         console.print(f"{name}: identical by construction, not trained: {why}", soft_wrap=True)
-    stages = {s.identity: s for p in missing for s in p.stages}
+    stages = {(s.identity, "" if p.shares else p.run.name) for p in missing for s in p.stages}
     used = sum(len(p.stages) for p in missing)
     console.print(
         f"{len(missing)} runs to do, {work.jobs} at a time; {len(stages)} stages to train ({used - len(stages)} are shared)"

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...models.errors import UserError
 from ..config import Loaded, load
-from ..eval_config import load_suites
+from ..eval_config import suites_of
 from ..evaluate import evaluate_model, read_items
 from ..schema import StageConfig
 from ..stage_data import build_dataset
@@ -107,7 +107,7 @@ def _short(planned: Planned, folder: str, steps: int) -> Loaded:
 
 def _asking(model: str, files: Sequence[str], out: Path) -> float:
     """Seconds that all questions of an evaluation take, from a few of each suite."""
-    wanted = load_suites(files)
+    wanted = suites_of(files)
     items = {name: len(of) for name, of in read_items(wanted).items()}
     began = time.monotonic()
     yamls, arguments = [f for f in files if "=" not in f], [f for f in files if "=" in f]
@@ -128,7 +128,7 @@ def _show(
         cell = planned.run.cell.name
         for stage in planned.stages:
             steps, cost = steps_of(stage.config, planned.run.seed), costs[cell, stage.name]
-            if stage.identity not in seen:  # cells of a study share whatever stage is equal, the last one too
+            if not planned.shares or stage.identity not in seen:  # cells of a study share whatever stage is equal, the last one too
                 total += cost.of(steps)
             seen.add(stage.identity)
             if (cell, stage.name) not in shown:
