@@ -152,7 +152,9 @@ def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: i
     try:
         while board.waiting or working:
             # Only take while something can be taken: a single thread must not wait for itself.
-            free = [p for p in board.waiting if not any(s.identity in {*board.making} - there for s in p.stages)]
+            free = [
+                p for p in board.waiting if not any(s.identity in {*board.making} - there for s in p.stages)
+            ]
             if len(working) < hands and free:
                 taken = board.take()
                 assert taken is free[0], "the first that need not wait"
@@ -174,7 +176,9 @@ def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: i
 
 def test_who_takes_nothing_from_others_does_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     runs_ = [Run(Cell(name, (), (), (), "single", (1,)), 1, Path("nowhere"), ()) for name in "abc"]
-    plans = [Planned(run, [Stage("s")], "", shares) for run, shares in zip(runs_, (True, False, True), strict=True)]  # type: ignore[list-item]
+    stage: Any = Stage("s")
+    shares = (True, False, True)
+    plans = [Planned(run, [stage], "", one) for run, one in zip(runs_, shares, strict=True)]
     board = _Board(list(plans), lambda run, answer: None)
     assert board.take() is plans[0] and board.take() is plans[1]
     monkeypatch.setattr("opsin.training.study.executor.finished", lambda run, stage: run is runs_[0])

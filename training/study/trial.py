@@ -128,7 +128,8 @@ def _show(
         cell = planned.run.cell.name
         for stage in planned.stages:
             steps, cost = steps_of(stage.config, planned.run.seed), costs[cell, stage.name]
-            if not planned.shares or stage.identity not in seen:  # cells of a study share whatever stage is equal, the last one too
+            # Cells of a study share whatever stage is equal, the last one too.
+            if not planned.shares or stage.identity not in seen:
                 total += cost.of(steps)
             seen.add(stage.identity)
             if (cell, stage.name) not in shown:
