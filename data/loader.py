@@ -148,27 +148,49 @@ def lost_worker(
 ) -> UserError | None:
     """What torch's error about a dead or silent worker comes to; None: it is another error.
 
-    Torch raises it wherever the main process is when the worker dies, so not only where it waits for a batch.
+    Torch raises it wherever the main process is when the worker dies, so not only where it waits for a batch. Where a batch
+    has come whose tensors are still the worker's to hand over, the error is that of a closed connection.
 
     Args:
         error: what was raised.
         where: address of the data.
         workers: the loader's processes, whose exit codes say how one ended when torch no longer does.
     """
+    place = f"{where}: " if where else ""
+    if isinstance(
+        error, ConnectionError | EOFError
+    ):  # tensors that a worker had handed over are fetched from it
+        return _lost_while_handing_over(place, workers)
     if not isinstance(error, RuntimeError) or isinstance(error, UserError):
         return None
-    place = f"{where}: " if where else ""
     if silent := _SILENT.search(str(error)):
         return UserError(
             f"dataset: {place}no batch for {float(silent[1]):g} s (train_loader.timeout): its store does not answer, or "
             f"num_workers are too few; {GO_ON}"
         )
     if killed := _KILLED.search(str(error)):
-        return UserError(
-            f"dataset: {place}the worker process {killed[1]} that loads data {_how_it_ended(error, killed, workers)}, most "
-            f"often because memory ran out (lower train_loader.num_workers or prefetch_factor); {GO_ON}"
-        )
+        return _told(place, killed[1], _how_it_ended(error, killed, workers))
     return None
+
+
+def _told(place: str, pid: str, how: str) -> UserError:
+    return UserError(
+        f"dataset: {place}the worker process {pid} that loads data {how}, most often because memory ran out "
+        f"(lower train_loader.num_workers or prefetch_factor); {GO_ON}"
+    )
+
+
+def _lost_while_handing_over(place: str, workers: Sequence[BaseProcess]) -> UserError | None:
+    for worker in workers:
+        worker.join(0.2)  # its sockets are closed a little before it is gone
+        if worker.exitcode is not None and worker.exitcode < 0:
+            return _told(place, str(worker.pid), _by_signal(worker))
+    return None
+
+
+def _by_signal(worker: BaseProcess) -> str:
+    assert worker.exitcode is not None
+    return f"was killed by signal: {signal.strsignal(-worker.exitcode)}"
 
 
 def _how_it_ended(error: BaseException, killed: re.Match[str], workers: Sequence[BaseProcess]) -> str:
@@ -179,5 +201,5 @@ def _how_it_ended(error: BaseException, killed: re.Match[str], workers: Sequence
         return killed[2].replace("is killed", "was killed", 1)
     for worker in workers:
         if str(worker.pid) == killed[1] and worker.exitcode is not None and worker.exitcode < 0:
-            return f"was killed by signal: {signal.strsignal(-worker.exitcode)}"
+            return _by_signal(worker)
     return killed[2]

@@ -89,8 +89,11 @@ def _take(folder: RunFolder, stage: Stage, model: Path) -> None:
     from shutil import copytree, rmtree
 
     target = folder.stage(stage.name) / "model"
-    rmtree(target, ignore_errors=True)
-    copytree(model, target)
+    partial = target.with_name("model.partial")
+    for old in (partial, target):
+        rmtree(old, ignore_errors=True)
+    copytree(model, partial)
+    partial.rename(target)  # whole, or not there: other runs look for it
     folder.mark_finished(stage, target, taken_from=str(model))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from opsin.data.loader import build_loader, lost_worker
+from opsin.data.loader import VLMLoader, _Batches, build_loader, lost_worker
+from opsin.models.errors import UserError
 
 
 def test_a_killed_worker_is_told_as_killed_in_each_form_of_torchs_error() -> None:
@@ -30,6 +31,35 @@ def test_a_killed_worker_is_told_as_killed_in_each_form_of_torchs_error() -> Non
         assert f"worker process {worker.pid} that loads data was killed by signal: " in said
     said = str(lost_worker(only_later))  # nobody knows more
     assert f"worker process {worker.pid} that loads data exited unexpectedly" in said
+
+
+class Closed:
+    """An epoch whose next batch has tensors that nobody hands over any more."""
+
+    def __init__(self, error: Exception, worker: Any):
+        self.error, self._workers = error, [worker]
+
+    def __next__(self) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), EOFError()], ids=str)
+def test_a_worker_that_was_killed_before_it_handed_over_its_tensors_is_told(error: Exception) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    assert worker.pid is not None
+    loader = VLMLoader([1, 2])  # type: ignore[arg-type]
+    try:
+        with pytest.raises(type(error)):  # the worker lives: it is another connection
+            next(_Batches(Closed(error, worker), loader))
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(
+            UserError, match=f"worker process {worker.pid} that loads data was killed by signal: "
+        ):
+            next(_Batches(Closed(error, worker), loader))
+    finally:
+        worker.kill()
+        worker.join(60)
 
 
 def test_other_errors_are_not_about_workers() -> None:

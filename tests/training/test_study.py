@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -19,6 +21,8 @@ from hypothesis import strategies as st
 
 from opsin.models.errors import UserError
 from opsin.training import cli
+from opsin.training.run_folder import RunFolder
+from opsin.training.study import executor
 from opsin.training.study.executor import Planned, _Board
 from opsin.training.study.runs import Run, runs_of, same_as
 from opsin.training.study.spec import Cell, grid, load_study, of_toggles
@@ -131,60 +135,99 @@ class Stage:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(1, 4), st.randoms())
-def test_a_shared_stage_is_made_by_one_run_at_a_time(shared: list[str], hands: int, chance: Any) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=1, max_size=12),
+    st.integers(1, 4),
+    st.randoms(),
+)
+def test_a_shared_stage_is_made_by_one_run_at_a_time(
+    shared: list[tuple[str, bool]], hands: int, chance: Any
+) -> None:
     # Cells that differ in how they are asked share the last stage as well: here two and two.
     plans = [
         Planned(
             Run(Cell(f"c{i}", (), (), (), "single", (1,)), 1, Path("x"), ()),
             [Stage(s), Stage(f"last {s}{i // 2}")],
             "",
+            shares,
         )  # type: ignore[list-item]
-        for i, s in enumerate(shared)
+        for i, (s, shares) in enumerate(shared)
     ]
     told: list[str] = []
     board = _Board(list(plans), lambda run, answer: told.append(run.name))
-    import opsin.training.study.executor as executor
-
-    there: set[str] = set()
-    stock, executor.finished = executor.finished, lambda run, stage: stage.identity in there
+    there: set[tuple[str, str]] = set()  # whose folder, which stage
     working: list[Planned] = []
-    try:
+
+    def left(planned: Planned) -> list[str]:
+        taken = {stage for name, stage in there if planned.shares or name == planned.run.name}
+        return [s.identity for s in planned.stages if s.identity not in taken]
+
+    def made_by(run: Run, stage: Any) -> bool:
+        return (run.name, stage.identity) in there
+
+    def finished(run: Run, stage: Any) -> bool:
+        return any(one == stage.identity for _, one in there)
+
+    with mock.patch.multiple(executor, made_by=made_by, finished=finished, LOOK=0):
         while board.waiting or working:
             # Only take while something can be taken: a single thread must not wait for itself.
+            wanted = {one for one, maker in board.making.items() if (maker.run.name, one) not in there}
             free = [
-                p for p in board.waiting if not any(s.identity in {*board.making} - there for s in p.stages)
+                p for p in board.waiting if not p.shares or wanted.isdisjoint(s.identity for s in p.stages)
             ]
             if len(working) < hands and free:
                 taken = board.take()
                 assert taken is free[0], "the first that need not wait"
-                left = {stage.identity for stage in taken.stages} - there
-                assert not any(s.identity in left for p in working for s in p.stages)
+                others = [p for p in working if p.shares]
+                assert not taken.shares or not {one for p in others for one in left(p)} & {*left(taken)}
                 working.append(taken)
                 continue
             one = chance.choice(working)
-            todo = [s.identity for s in one.stages if s.identity not in there]
-            if todo:  # a stage at a time, so that others may go on from the first one
-                there.add(todo[0])
-            else:
+            if (todo := left(one)) and chance.random() < 0.8:
+                there.add((one.run.name, todo[0]))  # a stage at a time: others may go on from the first one
+            else:  # done, or failed, also after its first stage
                 working.remove(one)
-                board.give(one, {"status": "done"})
-    finally:
-        executor.finished = stock
+                board.give(one, {"status": "failed" if todo else "done"})
     assert sorted(told) == sorted(p.run.name for p in plans) and not board.making
 
 
-def test_who_takes_nothing_from_others_does_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs_ = [Run(Cell(name, (), (), (), "single", (1,)), 1, Path("nowhere"), ()) for name in "abc"]
+def test_who_takes_nothing_from_others_does_not_wait_for_them() -> None:
     stage: Any = Stage("s")
-    shares = (True, False, True)
-    plans = [Planned(run, [stage], "", one) for run, one in zip(runs_, shares, strict=True)]
+    plans = [
+        Planned(Run(Cell(name, (), (), (), "single", (1,)), 1, Path("nowhere"), ()), [stage], "", shares)
+        for name, shares in (("a", True), ("b", False))
+    ]
     board = _Board(list(plans), lambda run, answer: None)
     assert board.take() is plans[0] and board.take() is plans[1]
-    monkeypatch.setattr("opsin.training.study.executor.finished", lambda run, stage: run is runs_[0])
-    board.give(plans[1], {"status": "done"})
-    assert "s" in board.making, "made by the first one, whoever else made it for itself"
-    assert board.take() is plans[2], "as soon as the stage is there, before that run ends"
+    board.give(plans[1], {"status": "failed"})
+    assert board.making == {"s": plans[0]}, "made by the first one, whoever else made it for itself"
+
+
+def test_a_stage_is_taken_while_the_run_that_made_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "LOOK", 0.01)
+    first: Any = Stage("s")
+    plans = [
+        Planned(Run(Cell(name, (), (), (), "single", (1,)), 1, tmp_path, ()), [first], "") for name in "ab"
+    ]
+    board = _Board(list(plans), lambda run, answer: None)
+    assert board.take() is plans[0]
+    got: list[Planned | None] = []
+    waiting = threading.Thread(target=lambda: got.append(board.take()), daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive() and not got
+    folder = RunFolder(tmp_path / "runs", plans[0].run.name)
+    model = folder.stage(first.name) / "model"
+    model.mkdir(parents=True)
+    (folder.stage(first.name) / "done.json").write_text("{")  # half a file: not there yet
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    (model / "config.json").write_text("{}")
+    folder.mark_finished(first, model)
+    waiting.join(10)
+    assert got == [plans[1]] and plans[0].run.name not in {p.run.name for p in board.waiting}
 
 
 def test_nobody_waits_for_a_run_whose_end_could_not_be_told() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ class _Board:
     told: Told
     making: dict[str, Planned] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
+    looked: float = -LOOK
     broken: list[BaseException] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -65,10 +67,15 @@ class _Board:
 
     def _look(self) -> None:
         """A first stage is there for others while the run that made it goes on with its next one."""
-        for one, maker in list(self.making.items()):
-            if any(s.identity == one and finished(maker.run, s) for s in maker.stages):
+        if time.monotonic() - self.looked < LOOK:  # whoever waits: one look for all
+            return
+        wanted = {s.identity for planned in self.waiting for s in planned.stages}
+        for one in [one for one in self.making if one in wanted]:
+            maker = self.making[one]
+            if any(s.identity == one and made_by(maker.run, s) for s in maker.stages):
                 self.made.add(one)
                 del self.making[one]
+        self.looked = time.monotonic()
 
     def give(self, planned: Planned, answer: dict[str, Any]) -> None:
         """A run ended; its stages are there for others, if it got so far."""
@@ -93,6 +100,14 @@ def finished(run: Run, stage: Stage) -> bool:
     """Whether a stage of a run is done, here or in another run of the study."""
     folder = RunFolder(run.root / "runs", run.name)
     return folder.finished(stage) is not None or folder.shared(stage) is not None
+
+
+def made_by(run: Run, stage: Stage) -> bool:
+    """Whether a stage is done in the run's own folder, as far as can be read now."""
+    try:
+        return RunFolder(run.root / "runs", run.name).finished(stage) is not None
+    except (OSError, ValueError):  # it is being written
+        return False
 
 
 def done(planned: Planned) -> dict[str, Any] | None:
@@ -146,7 +161,9 @@ def _drive(board: _Board, environment: Mapping[str, str]) -> None:
                 answer = worker.ask(planned)
                 if answer["status"] == "done":
                     _record(planned, answer)
-            except (OSError, ValueError) as error:  # no process, no room on the disk, half an answer
+            except (
+                Exception
+            ) as error:  # no process, no room on the disk, half an answer: others wait for its stages
                 said = getattr(error, "strerror", None) or error
                 answer = {"status": "failed", "why": f"{type(error).__name__}: {said}"}
             board.give(planned, answer)

@@ -54,8 +54,8 @@ class StudyConfig:
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
     every subset is a cell; ``factorial_seeds``: how many seeds these have, from the first (None: all). ``along``: method -> YAMLs
-    and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs of
-    ``opsin eval``. ``primary``: the endpoint that was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
+    and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs and
+    ``key=value`` of ``opsin eval``. ``primary``: the endpoint that was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
     share, trained before them (``part_kinds``); ``${variables.NAME}`` is the folder of part NAME. ``check``: what must hold before
     any cell is trained. ``power``: what is assumed about noise, for the plan.
     """
@@ -136,7 +136,7 @@ def of_toggles(
         subsets: ``singles``: each alone; ``pairs``: and each two; ``all``: every subset.
         seeds: of the runs.
         overlays: further cells: name -> YAMLs merged over the base.
-        evaluation: YAMLs of ``opsin eval``.
+        evaluation: YAMLs and ``key=value`` of ``opsin eval``.
         primary: the endpoint; None: the first suite's first measure.
         name: of the study.
     """

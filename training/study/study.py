@@ -176,8 +176,9 @@ def refuse_endpoints(config: StudyConfig, out: Path) -> None:
 
 def keep_pictures(work: Work) -> None:
     """Keep the pictures of what is asked beside the study: they tell which questions hang together."""
-    wanted = suites_of(work.config.evaluation)
-    keep_suites(work.out, wanted.suites, wanted.config.limit)
+    limits = [suites_of(given).config.limit for given in {r.cell.evaluation for r in work.runs}]
+    most = None if None in limits else max(n for n in limits if n is not None)
+    keep_suites(work.out, suites_of(work.config.evaluation).suites, most)
 
 
 def question_key(files: Sequence[str]) -> str:

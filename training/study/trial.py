@@ -21,7 +21,7 @@ from ..evaluate import evaluate_model, read_items
 from ..schema import StageConfig
 from ..stage_data import build_dataset
 from ..train import train
-from .executor import Planned, finished
+from .executor import Planned, finished, made_by
 
 SHORT, LONG, ASKED = 3, 13, 64
 """Steps of the two trainings from which start and step are told apart; questions of each suite."""
@@ -109,10 +109,11 @@ def _asking(model: str, files: Sequence[str], out: Path) -> float:
     """Seconds that all questions of an evaluation take, from a few of each suite."""
     wanted = suites_of(files)
     items = {name: len(of) for name, of in read_items(wanted).items()}
+    least = min(ASKED, wanted.config.limit or ASKED)
     began = time.monotonic()
     yamls, arguments = [f for f in files if "=" not in f], [f for f in files if "=" in f]
-    evaluate_model(model, yamls, [*arguments, f"limit={ASKED}"], out, Console(quiet=True))
-    asked = sum(min(ASKED, n) for n in items.values())
+    evaluate_model(model, yamls, [*arguments, f"limit={least}"], out, Console(quiet=True))
+    asked = sum(min(least, n) for n in items.values())
     return (time.monotonic() - began) * sum(items.values()) / max(1, asked)
 
 
@@ -129,7 +130,8 @@ def _show(
         for stage in planned.stages:
             steps, cost = steps_of(stage.config, planned.run.seed), costs[cell, stage.name]
             # Cells of a study share whatever stage is equal, the last one too.
-            if not planned.shares or stage.identity not in seen:
+            there = stage.identity in seen if planned.shares else made_by(planned.run, stage)
+            if not there:
                 total += cost.of(steps)
             seen.add(stage.identity)
             if (cell, stage.name) not in shown:
