@@ -157,9 +157,7 @@ def lost_worker(
         workers: the loader's processes, whose exit codes say how one ended when torch no longer does.
     """
     place = f"{where}: " if where else ""
-    if isinstance(
-        error, ConnectionError | EOFError
-    ):  # tensors that a worker had handed over are fetched from it
+    if isinstance(error, ConnectionError | EOFError):
         return _lost_while_handing_over(place, workers)
     if not isinstance(error, RuntimeError) or isinstance(error, UserError):
         return None

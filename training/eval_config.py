@@ -77,7 +77,12 @@ class Wanted:
 
 def suites_of(given: Sequence[str]) -> Wanted:
     """:func:`load_suites` of YAMLs and ``key=value`` in one list, as a study's ``evaluation:`` has them."""
-    return load_suites([g for g in given if "=" not in g], [g for g in given if "=" in g])
+    return load_suites(*split_given(given))
+
+
+def split_given(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """YAMLs and ``key=value`` in one list -> the YAMLs, the others."""
+    return [g for g in given if "=" not in g], [g for g in given if "=" in g]
 
 
 def load_suites(files: Sequence[str], arguments: Sequence[str] = ()) -> Wanted:

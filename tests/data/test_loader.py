@@ -48,7 +48,8 @@ def test_a_worker_that_was_killed_before_it_handed_over_its_tensors_is_told(erro
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     worker.start()
     assert worker.pid is not None
-    loader = VLMLoader([1, 2])  # type: ignore[arg-type]
+    samples: Any = [1, 2]
+    loader = VLMLoader(samples)
     try:
         with pytest.raises(type(error)):  # the worker lives: it is another connection
             next(_Batches(Closed(error, worker), loader))

@@ -161,9 +161,8 @@ def _drive(board: _Board, environment: Mapping[str, str]) -> None:
                 answer = worker.ask(planned)
                 if answer["status"] == "done":
                     _record(planned, answer)
-            except (
-                Exception
-            ) as error:  # no process, no room on the disk, half an answer: others wait for its stages
+            except Exception as error:  # no process, no room on the disk, half an answer
+                # Whatever it was, the run has failed and is given back: others wait for its stages.
                 said = getattr(error, "strerror", None) or error
                 answer = {"status": "failed", "why": f"{type(error).__name__}: {said}"}
             board.give(planned, answer)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...models.errors import UserError
 from ..config import Loaded, load
-from ..eval_config import suites_of
+from ..eval_config import split_given, suites_of
 from ..evaluate import evaluate_model, read_items
 from ..schema import StageConfig
 from ..stage_data import build_dataset
@@ -111,7 +111,7 @@ def _asking(model: str, files: Sequence[str], out: Path) -> float:
     items = {name: len(of) for name, of in read_items(wanted).items()}
     least = min(ASKED, wanted.config.limit or ASKED)
     began = time.monotonic()
-    yamls, arguments = [f for f in files if "=" not in f], [f for f in files if "=" in f]
+    yamls, arguments = split_given(files)
     evaluate_model(model, yamls, [*arguments, f"limit={least}"], out, Console(quiet=True))
     asked = sum(min(least, n) for n in items.values())
     return (time.monotonic() - began) * sum(items.values()) / max(1, asked)

@@ -45,6 +45,7 @@ def perform(task: dict[str, Any]) -> dict[str, Any]:
     from rich.console import Console
 
     from ..config import load
+    from ..eval_config import split_given
     from ..evaluate import evaluate_model
     from ..train import train
 
@@ -57,8 +58,7 @@ def perform(task: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     if task["evaluation"]:
         folder = Path(task["folder"])
-        given = task["evaluation"]
-        files, arguments = [g for g in given if "=" not in g], [g for g in given if "=" in g]
+        files, arguments = split_given(task["evaluation"])
         evaluate_model(str(run.path), files, arguments, folder, console)
     spent = stage_costs(run.path)
     return {"cost": {**spent, "peak_bytes": peak, "evaluation_seconds": round(time.monotonic() - began, 1)}}
