@@ -79,7 +79,7 @@ def cells_of(name: str) -> dict[str, Cell]:
 
 
 def test_the_studies_are_there() -> None:
-    assert NAMES == ["default", "jarvis", "l2t", "larger", "real", "ross_targets", "vift"]
+    assert NAMES == ["default", "jarvis", "l2t", "larger", "real", "ross_targets", "tuning", "vift"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +89,7 @@ def test_a_head_tells_what_the_study_is(name: str) -> None:
         assert word in told
     if name == "default":  # tells its hours
         return
-    assert "Tries:" in told and ("ot run yet" in told or name == "larger")
+    assert "Tries:" in told and ("ot run yet" in told or name in ("larger", "tuning"))
     cost = told.partition("Cost:")[2]
     assert counts(cost, "cells")[0] == len(cells)
     assert counts(cost, "runs")[0] == sum(len(one.cell.seeds) for one in cells)
@@ -112,7 +112,7 @@ def test_every_cell_is_a_run_that_would_start(name: str) -> None:
         assert run.arguments == [ours[theirs.index(a)] if a in theirs else a for a in before.arguments]
 
 
-@pytest.mark.parametrize("name", ["default", "vift"])
+@pytest.mark.parametrize("name", ["default", "tuning", "vift"])
 def test_vift_is_never_given_questions_about_pictures(name: str) -> None:
     cells = [one for one in looked(f"studies/{name}.yaml") if "vift" in one.cell.methods]
     assert cells
@@ -166,6 +166,26 @@ def test_a_cell_is_held_against_one_that_has_its_seeds(name: str) -> None:
     cells = cells_of(name)
     for cell in cells.values():
         assert set(cell.seeds) <= set(cells[cell.matched_to or "baseline"].seeds)
+
+
+def test_each_method_has_as_many_tries_and_none_sees_a_study() -> None:
+    cells = cells_of("tuning")
+    for method in ("ross", "l2t", "jarvis", "vift"):
+        tried = [cell for cell in cells.values() if cell.methods == (method,)]
+        assert method in {cell.name for cell in tried}  # its card's settings
+        assert {cell.tries for cell in tried} == {len(tried)} == {4}
+    studies = [n for n in NAMES if n not in ("tuning", "real")]
+    assert not {s for cell in cells.values() for s in cell.seeds} & {
+        s for name in studies for cell in cells_of(name).values() for s in cell.seeds
+    }
+    asked, ours = (
+        {
+            suite: given["seed"]
+            for suite, given in yaml.safe_load((FOLDER / file).read_text())["suites"].items()
+        }
+        for file in ("scenes-questions.yaml", "scenes-questions-dev.yaml")
+    )
+    assert ours.keys() == asked.keys() and not set(ours.values()) & set(asked.values())
 
 
 def test_auto_encoders_go_with_the_targets_of_ross() -> None:
