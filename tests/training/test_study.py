@@ -76,6 +76,18 @@ def test_subsets(subsets: str, count: int) -> None:
     assert "algorithms.ross=false" in half.arguments
 
 
+def test_tries_are_told_of_every_cell_that_has_the_method(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    cells = {"placebo": {"methods": ["ross"]}, "own": {"methods": ["ross"], "tries": 9}, "plain": {}}
+    file.write_text(
+        yaml.safe_dump(
+            {"base": ["b.yaml"], "factorial": ["ross", "l2t"], "tries": {"ross": 4, "l2t": 2}, "cells": cells}
+        )
+    )
+    told = {cell.name: cell.tries for cell in grid(load_study([str(file)]))}
+    assert told == {"baseline": 1, "ross": 4, "l2t": 2, "l2t+ross": 4, "placebo": 4, "own": 9, "plain": 1}
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -83,6 +95,9 @@ def test_subsets(subsets: str, count: int) -> None:
         ({"cells": {}}, "nothing is held against the baseline"),
         ({"seeds": [1, 1]}, r"study: seeds: \[1, 1\]"),
         ({"along": {"rosss": []}, "cells": {"x": {"methods": ["ross"]}}}, r"study: along\.rosss: no cell has it; did you mean 'ross'"),
+        ({"tries": {"rosss": 4}, "cells": {"x": {"methods": ["ross"]}}}, r"study: tries\.rosss: no cell has it; did you mean 'ross'"),
+        ({"tries": {"ross": 0}, "cells": {"x": {"methods": ["ross"]}}}, r"study: tries\.ross: 0: what was taken was tried, so 1 or more"),
+        ({"cells": {"x": {"tries": 0}}}, r"study: cells\.x\.tries: 0: what was taken"),
         ({"cells": {"x": {"rolle": "single"}}}, r"cells\.x\.rolle: unknown key; did you mean 'role'"),
         ({"cells": {"x": {"role": "controll"}}}, r"cells\.x\.role: 'controll': unknown; did you mean 'control'"),
         ({"cells": {"x": {"placebo_of": "rosss"}, "ross": {}}}, r"placebo_of: no other cell 'rosss'; did you mean 'ross'"),

@@ -34,7 +34,8 @@ class CellConfig:
     ``methods``: those that are switched on (the base's own keywords are kept; all others of the study are off).
     ``files``: YAMLs merged over the base. ``set``: ``key=value`` after them. ``role``: see :data:`ROLES`.
     ``evaluation``: YAMLs and ``key=value`` of ``opsin eval`` after the study's (``fusion.strength=0.35``). ``placebo_of``: the cell whose effect this one must not have. ``matched_to``: the cell that it is held against, in place of
-    the baseline. ``seeds``: fewer than the study's, from the first. ``tries``: settings tried on development seeds.
+    the baseline. ``seeds``: fewer than the study's, from the first. ``tries``: settings tried on development seeds
+    (None: those of its method, :class:`StudyConfig`).
     """
 
     methods: list[str] = field(default_factory=list)
@@ -45,7 +46,7 @@ class CellConfig:
     placebo_of: str | None = None
     matched_to: str | None = None
     seeds: int | None = None
-    tries: int = 1
+    tries: int | None = None
 
 
 @dataclass
@@ -54,7 +55,8 @@ class StudyConfig:
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
     every subset is a cell; ``factorial_seeds``: how many seeds these have, from the first (None: all). ``along``: method -> YAMLs
-    and ``key=value`` that go along with it wherever it is on. ``cells``: further ones by name. ``evaluation``: YAMLs and
+    and ``key=value`` that go along with it wherever it is on. ``tries``: method -> settings tried on development seeds before those of its cells were
+    taken (of a cell with more methods: the most; without: one). ``cells``: further ones by name. ``evaluation``: YAMLs and
     ``key=value`` of ``opsin eval``. ``primary``: the endpoint that was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
     share, trained before them (``part_kinds``); ``${variables.NAME}`` is the folder of part NAME. ``check``: what must hold before
     any cell is trained. ``power``: what is assumed about noise, for the plan.
@@ -67,6 +69,7 @@ class StudyConfig:
     factorial: list[str] = field(default_factory=list)
     factorial_seeds: int | None = None
     along: dict[str, list[str]] = field(default_factory=dict)
+    tries: dict[str, int] = field(default_factory=dict)
     cells: dict[str, CellConfig] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [17, 18, 19])
     evaluation: list[str] = field(default_factory=list)
@@ -195,11 +198,11 @@ def grid(config: StudyConfig) -> list[Cell]:
         refuse_power(config.power, config.primary is not None)
     if config.factorial_seeds is not None and not config.factorial:
         raise UserError("study: factorial_seeds: there is no factorial")
-    for method in config.along:
-        known = {m for cell in given.values() for m in cell.methods}
-        if method not in known:
-            raise UserError(f"study: along.{method}: no cell has it{nearest(method, known)}")
     toggles = sorted({m for cell in given.values() for m in cell.methods})
+    for key in ("along", "tries"):
+        for method in getattr(config, key):
+            if method not in toggles:
+                raise UserError(f"study: {key}.{method}: no cell has it{nearest(method, toggles)}")
     cells = [_cell(config, name, cell, given, toggles) for name, cell in given.items()]
     _refuse_unmatched(cells)
     return cells
@@ -231,6 +234,12 @@ def _cell(
     if cell.seeds is not None and not 1 <= cell.seeds <= len(config.seeds):
         key = "factorial_seeds" if cell.role == "factorial" else f"cells.{name}.seeds"
         raise UserError(f"study: {key}: {cell.seeds}: the study has {len(config.seeds)}")
+    told = {f"tries.{m}": config.tries.get(m, 1) for m in cell.methods}
+    if cell.tries is not None:
+        told = {f"cells.{name}.tries": cell.tries}
+    for key, tries in told.items():
+        if tries < 1:
+            raise UserError(f"study: {key}: {tries}: what was taken was tried, so 1 or more")
     along = [given for method in sorted(cell.methods) for given in config.along.get(method, ())]
     on = [f"algorithms.{m}={'true' if m in cell.methods else 'false'}" for m in toggles]
     return Cell(
@@ -242,6 +251,6 @@ def _cell(
         seeds=tuple(config.seeds[: cell.seeds]),
         placebo_of=cell.placebo_of,
         matched_to=cell.matched_to,
-        tries=cell.tries,
+        tries=max(told.values(), default=1),
         evaluation=(*config.evaluation, *cell.evaluation),
     )
