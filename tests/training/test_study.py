@@ -97,6 +97,7 @@ def test_tries_are_told_of_every_cell_that_has_the_method(tmp_path: Path) -> Non
         ({"along": {"rosss": []}, "cells": {"x": {"methods": ["ross"]}}}, r"study: along\.rosss: no cell has it; did you mean 'ross'"),
         ({"tries": {"rosss": 4}, "cells": {"x": {"methods": ["ross"]}}}, r"study: tries\.rosss: no cell has it; did you mean 'ross'"),
         ({"tries": {"ross": 0}, "cells": {"x": {"methods": ["ross"]}}}, r"study: tries\.ross: 0: what was taken was tried, so 1 or more"),
+        ({"tries": {"ross": 0}, "cells": {"x": {"methods": ["ross"], "tries": 2}}}, r"study: tries\.ross: 0: what was taken"),
         ({"cells": {"x": {"tries": 0}}}, r"study: cells\.x\.tries: 0: what was taken"),
         ({"cells": {"x": {"rolle": "single"}}}, r"cells\.x\.rolle: unknown key; did you mean 'role'"),
         ({"cells": {"x": {"role": "controll"}}}, r"cells\.x\.role: 'controll': unknown; did you mean 'control'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,16 +169,19 @@ def test_a_cell_is_held_against_one_that_has_its_seeds(name: str) -> None:
         assert set(cell.seeds) <= set(cells[cell.matched_to or "baseline"].seeds)
 
 
-def test_each_method_has_as_many_tries_and_none_sees_a_study() -> None:
-    cells = cells_of("tuning")
+def test_each_method_has_as_many_tries_on_seeds_and_questions_of_their_own() -> None:
+    config = load_study(["studies/tuning.yaml"])
+    cells = {cell.name: cell for cell in grid(config)}
     for method in ("ross", "l2t", "jarvis", "vift"):
         tried = [cell for cell in cells.values() if cell.methods == (method,)]
         assert method in {cell.name for cell in tried}  # its card's settings
         assert {cell.tries for cell in tried} == {len(tried)} == {4}
-    studies = [n for n in NAMES if n not in ("tuning", "real")]
+        assert len({cell.arguments for cell in tried}) == 4  # each another one
+    studies = [n for n in NAMES if n not in ("tuning", "real")]  # `real` has another base and other questions
     assert not {s for cell in cells.values() for s in cell.seeds} & {
         s for name in studies for cell in cells_of(name).values() for s in cell.seeds
     }
+    assert config.evaluation == ["studies/scenes-questions.yaml", "studies/scenes-questions-dev.yaml"]
     asked, ours = (
         {
             suite: given["seed"]
@@ -186,6 +190,21 @@ def test_each_method_has_as_many_tries_and_none_sees_a_study() -> None:
         for file in ("scenes-questions.yaml", "scenes-questions-dev.yaml")
     )
     assert ours.keys() == asked.keys() and not set(ours.values()) & set(asked.values())
+    for name in studies:  # nobody else asks these
+        assert "studies/scenes-questions-dev.yaml" not in load_study([f"studies/{name}.yaml"]).evaluation
+
+
+RESULTS = FOLDER.parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", ["default_study", "tuning_study"])
+def test_a_published_study_is_its_yaml(name: str) -> None:
+    cells = grid(load_study([str(RESULTS / name / "study.yaml")]))
+    rows = json.loads((RESULTS / name / "study.json").read_text())["cells"]
+    assert {(cell.name, seed, cell.tries) for cell in cells for seed in cell.seeds} == {
+        (row["name"], row["seed"], row["tries"]) for row in rows
+    }
+    assert {row["status"] for row in rows} == {"done"}
 
 
 def test_auto_encoders_go_with_the_targets_of_ross() -> None:

@@ -55,8 +55,8 @@ class StudyConfig:
 
     ``base``: YAMLs of ``opsin train``, merged left to right; ``set``: ``key=value`` after them. ``factorial``: methods of which
     every subset is a cell; ``factorial_seeds``: how many seeds these have, from the first (None: all). ``along``: method -> YAMLs
-    and ``key=value`` that go along with it wherever it is on. ``tries``: method -> settings tried on development seeds before those of its cells were
-    taken (of a cell with more methods: the most; without: one). ``cells``: further ones by name. ``evaluation``: YAMLs and
+    and ``key=value`` that go along with it wherever it is on. ``tries``: method -> settings tried on development seeds before those
+    of its cells were taken, placebos among them (of a cell with more methods: the most; without: one). ``cells``: further ones by name. ``evaluation``: YAMLs and
     ``key=value`` of ``opsin eval``. ``primary``: the endpoint that was fixed before the first run. ``secondary``: others, for which intervals are widened (Holm). ``parts``: what all runs
     share, trained before them (``part_kinds``); ``${variables.NAME}`` is the folder of part NAME. ``check``: what must hold before
     any cell is trained. ``power``: what is assumed about noise, for the plan.
@@ -89,7 +89,8 @@ class Cell:
         methods: switched on, in the order of their names.
         files: YAMLs.
         arguments: ``key=value``, toggles of all methods of the study among them.
-        role, placebo_of, matched_to, tries: see :class:`CellConfig`.
+        role, placebo_of, matched_to: see :class:`CellConfig`.
+        tries: settings that were tried before these were taken; at least 1.
         seeds: of its runs.
         evaluation: YAMLs and ``key=value`` of ``opsin eval``, those of the study first.
     """
@@ -203,6 +204,12 @@ def grid(config: StudyConfig) -> list[Cell]:
         for method in getattr(config, key):
             if method not in toggles:
                 raise UserError(f"study: {key}.{method}: no cell has it{nearest(method, toggles)}")
+    for key, tries in {
+        **{f"tries.{method}": tries for method, tries in config.tries.items()},
+        **{f"cells.{name}.tries": cell.tries for name, cell in given.items()},
+    }.items():
+        if tries is not None and tries < 1:
+            raise UserError(f"study: {key}: {tries}: what was taken was tried, so 1 or more")
     cells = [_cell(config, name, cell, given, toggles) for name, cell in given.items()]
     _refuse_unmatched(cells)
     return cells
@@ -234,12 +241,9 @@ def _cell(
     if cell.seeds is not None and not 1 <= cell.seeds <= len(config.seeds):
         key = "factorial_seeds" if cell.role == "factorial" else f"cells.{name}.seeds"
         raise UserError(f"study: {key}: {cell.seeds}: the study has {len(config.seeds)}")
-    told = {f"tries.{m}": config.tries.get(m, 1) for m in cell.methods}
-    if cell.tries is not None:
-        told = {f"cells.{name}.tries": cell.tries}
-    for key, tries in told.items():
-        if tries < 1:
-            raise UserError(f"study: {key}: {tries}: what was taken was tried, so 1 or more")
+    tries = cell.tries
+    if tries is None:
+        tries = max((config.tries.get(method, 1) for method in cell.methods), default=1)
     along = [given for method in sorted(cell.methods) for given in config.along.get(method, ())]
     on = [f"algorithms.{m}={'true' if m in cell.methods else 'false'}" for m in toggles]
     return Cell(
@@ -251,6 +255,6 @@ def _cell(
         seeds=tuple(config.seeds[: cell.seeds]),
         placebo_of=cell.placebo_of,
         matched_to=cell.matched_to,
-        tries=max(told.values(), default=1),
+        tries=tries,
         evaluation=(*config.evaluation, *cell.evaluation),
     )
