@@ -197,14 +197,16 @@ def test_each_method_has_as_many_tries_on_seeds_and_questions_of_their_own() -> 
 RESULTS = FOLDER.parents[1] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("name", ["default_study", "tuning_study"])
-def test_a_published_study_is_its_yaml(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "missing"), [("default_study", set()), ("tuning_study", set()), ("larger_study", {"l2t"})]
+)
+def test_a_published_study_is_its_yaml(name: str, missing: set[str]) -> None:
     cells = grid(load_study([str(RESULTS / name / "study.yaml")]))
     rows = json.loads((RESULTS / name / "study.json").read_text())["cells"]
     assert {(cell.name, seed, cell.tries) for cell in cells for seed in cell.seeds} == {
         (row["name"], row["seed"], row["tries"]) for row in rows
     }
-    assert {row["status"] for row in rows} == {"done"}
+    assert {row["name"] for row in rows if row["status"] != "done"} == missing
 
 
 def test_auto_encoders_go_with_the_targets_of_ross() -> None:
