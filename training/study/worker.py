@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 PEAK = "VmHWM:"
@@ -98,14 +100,32 @@ def _median_step(run: Path, last: str) -> float | None:
     return round(1 / median(rates), 5) if rates else None
 
 
+def listen(tasks: SimpleQueue[str | None], busy: threading.Event) -> None:
+    """Hand over each line of the input, None when it ends; ends the process if it ends in the middle of a task.
+
+    Whoever asked is gone then, killed perhaps. The same study may be started again at any time, and two processes must not
+    write into one run's folder.
+    """
+    for line in sys.stdin:
+        busy.set()  # before the other thread sees the task
+        tasks.put(line)
+    if busy.is_set():
+        print("the study's process is gone: this run ends here", file=sys.stderr, flush=True)
+        os._exit(1)  # as a kill would: what is written is whole or not there
+    tasks.put(None)
+
+
 def serve() -> None:
     """Answer tasks until the input ends; a run that fails is told, and the next one tried."""
     from ...models.errors import UserError, one_line, user_error_in
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints must not come between the answers
+    tasks: SimpleQueue[str | None] = SimpleQueue()
+    busy = threading.Event()
+    threading.Thread(target=listen, args=(tasks, busy), daemon=True).start()
     print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in sys.stdin:
+    while (line := tasks.get()) is not None:
         task = json.loads(line)
         try:
             answer = {"status": "done", **perform(task)}
@@ -120,6 +140,7 @@ def serve() -> None:
 
             traceback.print_exc()
             answer = {"status": "failed", "why": why}
+        busy.clear()  # before the answer, which the next task may follow at once
         print(json.dumps({"name": task["name"], **answer}), file=answers, flush=True)
 
 
