@@ -90,7 +90,7 @@ def test_a_head_tells_what_the_study_is(name: str) -> None:
         assert word in told
     if name == "default":  # tells its hours
         return
-    assert "Tries:" in told and ("ot run yet" in told or name in ("larger", "tuning"))
+    assert "Tries:" in told and ("ot run yet" in told or name in ("larger", "ross_targets", "tuning"))
     cost = told.partition("Cost:")[2]
     assert counts(cost, "cells")[0] == len(cells)
     assert counts(cost, "runs")[0] == sum(len(one.cell.seeds) for one in cells)
@@ -198,7 +198,13 @@ RESULTS = FOLDER.parents[1] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
-    ("name", "missing"), [("default_study", set()), ("tuning_study", set()), ("larger_study", {"l2t"})]
+    ("name", "missing"),
+    [
+        ("default_study", set()),
+        ("tuning_study", set()),
+        ("larger_study", {"l2t"}),
+        ("ross_targets_study", set()),
+    ],
 )
 def test_a_published_study_is_its_yaml(name: str, missing: set[str]) -> None:
     cells = grid(load_study([str(RESULTS / name / "study.yaml")]))
