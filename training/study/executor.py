@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -157,7 +158,10 @@ def _drive(board: _Board, environment: Mapping[str, str]) -> None:
     try:
         while (planned := board.take()) is not None:
             try:
-                worker = worker if worker is not None and worker.alive() else _Worker(environment)
+                if worker is not None and not worker.alive():
+                    worker.close()
+                    worker = None
+                worker = worker or _Worker(environment)
                 answer = worker.ask(planned)
                 if answer["status"] == "done":
                     _record(planned, answer)
@@ -236,11 +240,15 @@ class _Worker:
         """End the process."""
         if self.process is not None:
             if self.process.stdin is not None:
-                self.process.stdin.close()
+                with contextlib.suppress(BrokenPipeError):  # it is dead, and a task was not taken
+                    self.process.stdin.close()
             try:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+                self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
         if self.log is not None:
             self.log.close()
 

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 PEAK = "VmHWM:"
 
@@ -100,30 +100,52 @@ def _median_step(run: Path, last: str) -> float | None:
     return round(1 / median(rates), 5) if rates else None
 
 
-def listen(tasks: SimpleQueue[str | None], busy: threading.Event) -> None:
-    """Hand over each line of the input, None when it ends; ends the process if it ends in the middle of a task.
+def take_input() -> IO[str]:
+    """The process's input as a file of its own, and nothing in its place.
+
+    A loader's processes close the standard input first of all, which would wait for ever for a thread that reads from it:
+    forked processes have its lock, but not the thread.
+    """
+    taken = os.fdopen(os.dup(0), encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return taken
+
+
+def listen(asked: IO[str], tasks: SimpleQueue[str | None], busy: threading.Event) -> None:
+    """Hand over each line, None when they end; ends the process if that is in the middle of a task.
 
     Whoever asked is gone then, killed perhaps. The same study may be started again at any time, and two processes must not
     write into one run's folder.
+
+    Args:
+        asked: a task a line, the next one after the answer to the one before.
+        tasks: where they go.
+        busy: set while a task is at work; who answers it clears this.
     """
-    for line in sys.stdin:
-        busy.set()  # before the other thread sees the task
-        tasks.put(line)
-    if busy.is_set():
-        print("the study's process is gone: this run ends here", file=sys.stderr, flush=True)
-        os._exit(1)  # as a kill would: what is written is whole or not there
-    tasks.put(None)
+    try:
+        for line in asked:
+            busy.set()  # before the other thread sees the task
+            tasks.put(line)
+    finally:  # whatever went wrong with reading, nothing will be asked any more
+        if busy.is_set():
+            try:
+                os.write(2, b"the study's process is gone: this run ends here\n")
+            finally:
+                os._exit(1)  # as a kill would, from which a run goes on: what counts as done is written whole
+        tasks.put(None)
 
 
 def serve() -> None:
-    """Answer tasks until the input ends; a run that fails is told, and the next one tried."""
+    """Answer tasks, one at a time, until the input ends; a run that fails is told, and the next one tried."""
     from ...models.errors import UserError, one_line, user_error_in
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints must not come between the answers
     tasks: SimpleQueue[str | None] = SimpleQueue()
     busy = threading.Event()
-    threading.Thread(target=listen, args=(tasks, busy), daemon=True).start()
+    threading.Thread(target=listen, args=(take_input(), tasks, busy), daemon=True).start()
     print(json.dumps({"ready": True}), file=answers, flush=True)
     while (line := tasks.get()) is not None:
         task = json.loads(line)
