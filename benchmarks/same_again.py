@@ -37,8 +37,10 @@ def differing(first: dict[str, Path], second: dict[str, Path]) -> list[str]:
     """Names of what is not the same; what one of the two lacks is not the same either."""
 
     def same(name: str) -> bool:
-        pair = first.get(name), second.get(name)
-        return all(p is not None and p.is_file() for p in pair) and filecmp.cmp(*pair, shallow=False)  # type: ignore[arg-type]
+        one, other = first.get(name), second.get(name)
+        if one is None or other is None or not (one.is_file() and other.is_file()):
+            return False
+        return filecmp.cmp(one, other, shallow=False)
 
     return sorted(name for name in first.keys() | second.keys() if not same(name))
 
